@@ -1,0 +1,1 @@
+"""What to emit: a `KernelSpec`, the emitters and the choice between them."""

@@ -1,0 +1,76 @@
+"""Define the experts kernel with torch.
+
+The definition that every emitter is tested against, and what runs where there is no compiler.
+"""
+
+import inspect
+
+import torch
+
+from moecc.codegen.activation import evaluate
+from moecc.codegen.spec import Kernel, KernelSpec
+
+
+def split_gate_up(
+    rows: torch.Tensor, spec: KernelSpec
+) -> dict[str, torch.Tensor]:
+    """Name the halves of the first product [..., 2I]: `gate` and `up`, or `x` if not gated."""
+    if not spec.gated:
+        return {"x": rows}
+    if spec.interleaved:
+        return {"gate": rows[..., ::2], "up": rows[..., 1::2]}
+    gate, up = rows.chunk(2, dim=-1)
+    return {"gate": gate, "up": up}
+
+
+def experts_torch(
+    spec: KernelSpec,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute the block one active expert at a time; shapes as in `ExpertsFn`.
+
+    Products run in the weights' dtype, the weighted sum over k in float32 or wider.
+    """
+    tokens, active = ids.shape
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    terms = torch.zeros(tokens, active, hidden.shape[-1], dtype=wide, device=hidden.device)
+    for expert in ids.unique().tolist():
+        if not 0 <= expert < spec.experts:
+            continue
+        token, slot = torch.where(ids == expert)
+        first, second = gate_up[expert], down[expert]
+        if not spec.transposed:
+            first, second = first.T, second.T
+        rows = hidden[token].to(spec.dtype) @ first
+        if gate_up_bias is not None:
+            rows = rows + gate_up_bias[expert]
+        out = evaluate(spec.activation, **split_gate_up(rows, spec)).to(spec.dtype) @ second
+        if down_bias is not None:
+            out = out + down_bias[expert]
+        terms[token, slot] = out.to(wide) * weights[token, slot, None].to(wide)
+    return terms.sum(dim=1).to(hidden.dtype)
+
+
+def emit(spec: KernelSpec) -> Kernel:
+    """Bind the definition to a spec."""
+
+    def run(
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return experts_torch(
+            spec, hidden, ids, weights, gate_up, down, gate_up_bias, down_bias
+        )
+
+    return Kernel(spec=spec, emitter="torch", run=run, source=inspect.getsource(experts_torch))

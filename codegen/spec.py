@@ -1,0 +1,81 @@
+"""Say everything an emitter has to know to write the kernel of one MoE block.
+
+Shape letters, used in all of moecc: T tokens, H hidden size, I intermediate size, E experts,
+K active experts a token. T and K are arguments of the kernel, never baked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moecc.codegen.activation import Expr
+
+ExpertsFn = Callable[
+    [
+        torch.Tensor,  # hidden        [T, H]
+        torch.Tensor,  # ids           [T, K] int64; an id outside 0..E-1 contributes nothing
+        torch.Tensor,  # weights       [T, K]
+        torch.Tensor,  # gate_up       [E, 2I, H]   or [E, H, 2I] when transposed; I if not gated
+        torch.Tensor,  # down          [E, H, I]    or [E, I, H] when transposed
+        torch.Tensor | None,  # gate_up_bias  [E, 2I]
+        torch.Tensor | None,  # down_bias     [E, H]
+    ],
+    torch.Tensor,  # [T, H], dtype and device of hidden
+]
+"""out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec:
+    """The experts of one MoE block as a kernel sees them. Equal specs share one kernel."""
+
+    hidden: int
+    """H."""
+    intermediate: int
+    """I: the width after the activation."""
+    experts: int
+    """E."""
+    dtype: torch.dtype
+    """Of the expert weights; accumulation is float32 (float64 for float64)."""
+    activation: Expr
+    gated: bool
+    """The first product has 2I outputs, half of them gates."""
+    interleaved: bool
+    """Gates and ups alternate (GPT-OSS) instead of lying in two halves."""
+    transposed: bool
+    """Weights are stored input-major: [E, H, 2I] and [E, I, H]."""
+    bias: bool
+    """Both products have a bias."""
+    device: str
+    """A torch device type: cpu, cuda."""
+
+    @property
+    def rows(self) -> int:
+        """Outputs of the first product: 2I when gated, else I."""
+        return 2 * self.intermediate if self.gated else self.intermediate
+
+    @property
+    def key(self) -> str:
+        """A stable name: the kernel's identity in graphs, reports and caches."""
+        flags = [name for name in ("interleaved", "transposed", "bias") if getattr(self, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"E{self.experts} H{self.hidden} I{self.intermediate}"
+        return " ".join([str(self.activation), dtype, shape, *flags, self.device])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """What an emitter made of a spec."""
+
+    spec: KernelSpec
+    emitter: str
+    """`triton`, `native` or `torch`."""
+    run: ExpertsFn
+    source: str
+    """The emitted code as text, for `moecc kernels` and MOECC_DUMP."""
+
+    @property
+    def key(self) -> str:
+        """Name the kernel in a graph: `native: mul(silu(gate), up) float32 E8 H64 I48 cpu`."""
+        return f"{self.emitter}: {self.spec.key}"

@@ -1,0 +1,35 @@
+"""moecc: a torch.compile backend for mixture-of-experts models.
+
+    model = torch.compile(model, backend="moecc")
+    print(moecc.report(model))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moecc.backend import moecc as backend
+    from moecc.passes.options import Options
+    from moecc.report import Report, report
+    from moecc.runtime.errors import MoeccError
+
+__version__ = "0.1.0"
+__all__ = ["MoeccError", "Options", "Report", "backend", "report"]
+
+_HOMES = {
+    "MoeccError": ("moecc.runtime.errors", "MoeccError"),
+    "Options": ("moecc.passes.options", "Options"),
+    "Report": ("moecc.report", "Report"),
+    "backend": ("moecc.backend", "moecc"),
+    "report": ("moecc.report", "report"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import moecc` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moecc' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""What runs: the operators of rewritten graphs, their kernels and counters."""
