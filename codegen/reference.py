@@ -11,9 +11,7 @@ from moecc.codegen.activation import evaluate
 from moecc.codegen.spec import Kernel, KernelSpec
 
 
-def split_gate_up(
-    rows: torch.Tensor, spec: KernelSpec
-) -> dict[str, torch.Tensor]:
+def split_gate_up(rows: torch.Tensor, spec: KernelSpec) -> dict[str, torch.Tensor]:
     """Name the halves of the first product [..., 2I]: `gate` and `up`, or `x` if not gated."""
     if not spec.gated:
         return {"x": rows}
@@ -69,8 +67,6 @@ def emit(spec: KernelSpec) -> Kernel:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        return experts_torch(
-            spec, hidden, ids, weights, gate_up, down, gate_up_bias, down_bias
-        )
+        return experts_torch(spec, hidden, ids, weights, gate_up, down, gate_up_bias, down_bias)
 
     return Kernel(spec=spec, emitter="torch", run=run, source=inspect.getsource(experts_torch))

@@ -4,26 +4,12 @@ Shape letters, used in all of moecc: T tokens, H hidden size, I intermediate siz
 K active experts a token. T and K are arguments of the kernel, never baked.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from moecc.codegen.activation import Expr
-
-ExpertsFn = Callable[
-    [
-        torch.Tensor,  # hidden        [T, H]
-        torch.Tensor,  # ids           [T, K] int64; an id outside 0..E-1 contributes nothing
-        torch.Tensor,  # weights       [T, K]
-        torch.Tensor,  # gate_up       [E, 2I, H]   or [E, H, 2I] when transposed; I if not gated
-        torch.Tensor,  # down          [E, H, I]    or [E, I, H] when transposed
-        torch.Tensor | None,  # gate_up_bias  [E, 2I]
-        torch.Tensor | None,  # down_bias     [E, H]
-    ],
-    torch.Tensor,  # [T, H], dtype and device of hidden
-]
-"""out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k]."""
+from moecc.runtime.ops import ExpertsFn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

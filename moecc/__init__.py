@@ -1,7 +1,7 @@
 """moecc: a torch.compile backend for mixture-of-experts models.
 
-    model = torch.compile(model, backend="moecc")
-    print(moecc.report(model))
+model = torch.compile(model, backend="moecc")
+print(moecc.report(model))
 """
 
 import importlib

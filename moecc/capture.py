@@ -1,0 +1,99 @@
+"""Let the backend see MoE blocks that Dynamo would break up, and models that bypass it.
+
+Installed when torch looks the backend up, and never before: importing moecc changes nothing.
+
+1. While *our* backend traces, transformers' experts are written in a canonical form
+   (`moecc.transformers_experts`). Other backends in the same process see what they always saw.
+2. `torch.compile(model).generate()` runs the original module outside Dynamo, and so does
+   transformers' prefill when it compiles only decode. Models handed to torch.compile with our
+   backend are therefore *adopted*: their experts use moecc's kernels outside Dynamo too.
+
+Both lean on private names of torch. A name that is gone switches its part off, and every report
+says so; matching by structure still works.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from moecc import transformers_experts
+from moecc.passes.ir import Miss
+from moecc.passes.options import Options
+
+_notes: list[Miss] = []
+_missing: list[Miss] = []
+_backend: Callable[..., Any] | None = None
+
+
+def install(backend: Callable[..., Any]) -> None:
+    """Hook into Dynamo and transformers for `backend`; does nothing the second time."""
+    global _backend
+    if _backend is not None:
+        return
+    _backend = backend
+    try:
+        from torch._dynamo.eval_frame import OptimizeContext
+
+        _hook_compile(OptimizeContext)
+    except (ImportError, AttributeError) as error:
+        why = f"torch {torch.__version__} has no OptimizeContext ({error}); models are not adopted"
+        _missing.append(Miss(where="capture", why=why))
+    transformers_experts.install(traced_by_us, note)
+
+
+def note(where: str, why: str) -> None:
+    """Remember something seen while tracing, for the record of the graph being traced."""
+    _notes.append(Miss(where=where, why=why, fallback=True))
+
+
+def take_notes() -> tuple[Miss, ...]:
+    """Hand over what was noted since the last graph, and what is missing altogether."""
+    taken = (*_missing, *dict.fromkeys(_notes))
+    _notes.clear()
+    return taken
+
+
+def traced_by_us() -> bool:
+    """Tell whether Dynamo is tracing for our backend at this moment."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        compiler = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:
+        return False
+    return _is_ours(compiler)
+
+
+def _is_ours(compiler: Any) -> bool:
+    """Unwrap what torch.compile puts around a backend."""
+    for _ in range(8):
+        if compiler is None or compiler is _backend:
+            break
+        inner = getattr(compiler, "_torchdynamo_orig_backend", None)
+        compiler = getattr(compiler, "compiler_fn", None) if inner is None else inner
+    return compiler is not None and compiler is _backend
+
+
+def _hook_compile(context: Any) -> None:
+    """Adopt the model of every `torch.compile(model, backend="moecc")` and check its options."""
+    original = context.__call__
+
+    @functools.wraps(original)
+    def compile_and_adopt(self: Any, fn: Any) -> Any:
+        if _is_ours(getattr(self, "callback", None)):
+            options = Options.parse(_options_of(self.callback))
+            transformers_experts.install(traced_by_us, note)
+            model = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
+            if isinstance(model, torch.nn.Module):
+                transformers_experts.adopt(model, options)
+        return original(self, fn)
+
+    context.__call__ = compile_and_adopt
+
+
+def _options_of(callback: Any) -> Mapping[str, Any] | None:
+    while callback is not None and not hasattr(callback, "kwargs"):
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return callback.kwargs.get("options") if callback is not None else None

@@ -1,0 +1,75 @@
+"""Remember what was compiled, so that `moecc.report` can tell."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moecc.passes.ir import Miss
+from moecc.passes.options import Options
+from moecc.passes.pipeline import Result, Step
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """One compiled graph."""
+
+    options: Options
+    steps: tuple[Step, ...]
+    blocks: tuple[Any, ...]
+    lowerings: tuple[Any, ...]
+    placements: tuple[Any, ...]
+    notes: tuple[Miss, ...]
+    """What capture saw while the graph was traced."""
+    parameters: tuple[weakref.ref[torch.Tensor], ...]
+    calls: int = 0
+
+    @staticmethod
+    def of(
+        result: Result,
+        options: Options,
+        inputs: Sequence[torch.Tensor],
+        notes: tuple[Miss, ...],
+    ) -> "Record":
+        """Keep what a report needs, without keeping graph or weights alive."""
+        record = Record(
+            options=options,
+            steps=result.steps,
+            blocks=result.program.blocks,
+            lowerings=result.program.lowerings,
+            placements=result.program.placements,
+            notes=notes,
+            parameters=tuple(
+                weakref.ref(value) for value in inputs if isinstance(value, torch.nn.Parameter)
+            ),
+        )
+        _records.append(record)
+        return record
+
+    @property
+    def misses(self) -> tuple[Miss, ...]:
+        """Everything that was left alone, capture's notes first."""
+        return (*self.notes, *(miss for step in self.steps for miss in step.misses))
+
+    def count(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the compiled graph so that its calls are counted."""
+
+        def counted(*args: Any) -> Any:
+            self.calls += 1
+            return compiled(*args)
+
+        return counted
+
+    def reads(self, parameters: set[int]) -> bool:
+        """Tell whether the graph was compiled with one of these parameters, given by `id`."""
+        return any(id(parameter()) in parameters for parameter in self.parameters)
+
+
+_records: list[Record] = []
+
+
+def all_records() -> tuple[Record, ...]:
+    """Every graph that moecc compiled in this process, oldest first."""
+    return tuple(_records)

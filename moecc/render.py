@@ -1,0 +1,82 @@
+"""Write reports and tables of passes as text for people."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moecc.report import GraphReport, Report
+
+WIDTH = 110
+
+
+def report_text(report: Report) -> str:
+    """Write a report as text, without colours."""
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, color_system=None, highlight=False)
+    print_report(report, console)
+    return out.getvalue().rstrip() + "\n"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print a report to a terminal or a file."""
+    console.print(f"moecc {report.version} · torch {report.torch}")
+    for note in report.notes:
+        console.print(f"note: {note}")
+    for number, graph in enumerate(report.graphs):
+        console.print(f"\ngraph {number}: {graph.calls} calls")
+        print_graph(graph, console)
+    if report.eager:
+        eager = report.eager
+        console.print(
+            f"\noutside torch.compile: {eager.modules} experts modules, {eager.calls} calls by "
+            f"moecc's kernels, {eager.own_calls} by the model's own code"
+        )
+        _print_list(eager.kernels, console)
+        _print_list(eager.reasons, console)
+
+
+def print_graph(graph: GraphReport, console: Console) -> None:
+    """Print one graph: passes, blocks, what was left alone."""
+    console.print(_passes(graph.passes))
+    if graph.blocks:
+        console.print(_blocks(graph.blocks))
+    kernels = dict.fromkeys(block["kernel"] for block in graph.blocks if block["kernel"])
+    if kernels:
+        console.print("kernels")
+        _print_list(kernels, console)
+    if graph.misses:
+        console.print("left alone")
+        _print_list((f"{miss['where']}: {miss['why']}" for miss in graph.misses), console)
+
+
+def _passes(passes: Sequence[dict[str, Any]]) -> Table:
+    table = Table("", "pass", box=None, pad_edge=False)
+    for name in ("rewrites", "nodes", "ms"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for number, step in enumerate(passes, 1):
+        before, after = step["nodes_before"], step["nodes_after"]
+        nodes = str(after) if before == after else f"{before} → {after}"
+        rewrites = str(step["rewrites"] or "–")
+        cells = [str(number), step["name"], rewrites, nodes, f"{step['milliseconds']:.1f}"]
+        table.add_row(*cells, step["note"])
+    return table
+
+
+def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:
+    table = Table("block", "style", "source", box=None, pad_edge=False)
+    for name in ("E", "K", "H", "I"):
+        table.add_column(name, justify="right")
+    table.add_column("dtype")
+    for block in blocks:
+        sizes = [str(block[name]) for name in ("experts", "active", "hidden_size", "intermediate")]
+        table.add_row(block["path"], block["style"], block["source"], *sizes, block["dtype"])
+    return table
+
+
+def _print_list(lines: Iterable[str], console: Console) -> None:
+    for line in lines:
+        console.print(f"  - {line}", markup=False)

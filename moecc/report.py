@@ -1,0 +1,135 @@
+"""Tell what moecc did to a model: blocks, rewrites, kernels, roads taken, and what it left alone."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecc import __version__, transformers_experts
+from moecc.passes.pipeline import Step
+from moecc.records import Record, all_records
+
+_NO_BLOCK = "no MoE block found"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphReport:
+    """One compiled graph of the model."""
+
+    calls: int
+    passes: tuple[dict[str, Any], ...]
+    """name, rewrites, nodes_before, nodes_after, milliseconds, note"""
+    blocks: tuple[dict[str, Any], ...]
+    """path, style, source, experts, active, hidden_size, intermediate, dtype, activation, kernel"""
+    misses: tuple[dict[str, Any], ...]
+    """where, why, fallback"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EagerReport:
+    """The model's experts outside Dynamo: `generate` on the original module, uncompiled prefill."""
+
+    modules: int
+    calls: int
+    """By our kernels."""
+    own_calls: int
+    """By the model's own code."""
+    kernels: tuple[str, ...]
+    reasons: tuple[str, ...]
+    """Why the model's own code, or a slower kernel, ran."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What moecc did to a model. `str()` is for people, `to_dict()` is JSON."""
+
+    version: str
+    torch: str
+    graphs: tuple[GraphReport, ...]
+    eager: EagerReport | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the report as plain lists, dictionaries, numbers and strings."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def __str__(self) -> str:
+        """Write the report as text."""
+        from moecc.render import report_text
+
+        return report_text(self)
+
+
+def report(model: nn.Module) -> Report:
+    """Report on every graph that was compiled with the model's parameters.
+
+    `model` is the model itself or what `torch.compile` returned. Graphs count their calls; eager
+    calls are counted for each adopted experts module.
+    """
+    model = getattr(model, "_orig_mod", model)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    own = tuple(record for record in all_records() if record.reads(parameters))
+    eager = _eager(model)
+    return Report(
+        version=__version__,
+        torch=torch.__version__,
+        graphs=tuple(map(graph_report, own)),
+        eager=eager,
+        notes=tuple(_notes(own, eager)),
+    )
+
+
+def graph_report(record: Record) -> GraphReport:
+    """Turn one record into plain values."""
+    kernels = {lowering.block: lowering.kernel for lowering in record.lowerings}
+    return GraphReport(
+        calls=record.calls,
+        passes=tuple(map(_pass, record.steps)),
+        blocks=tuple(_block(block, kernels.get(block.path, "")) for block in record.blocks),
+        misses=tuple(asdict(miss) for miss in record.misses),
+    )
+
+
+def _pass(step: Step) -> dict[str, Any]:
+    names = ("name", "rewrites", "nodes_before", "nodes_after", "milliseconds", "note")
+    return {name: getattr(step, name) for name in names}
+
+
+def _block(block: Any, kernel: str) -> dict[str, Any]:
+    names = ("path", "style", "source", "experts", "active", "hidden_size", "intermediate")
+    plain = {name: getattr(block, name) for name in names}
+    dtype = str(block.dtype).removeprefix("torch.")
+    return plain | {"dtype": dtype, "activation": str(block.activation), "kernel": kernel}
+
+
+def _eager(model: nn.Module) -> EagerReport | None:
+    adopted = transformers_experts.adopted
+    roads = [adopted[module] for module in model.modules() if module in adopted]
+    if not roads:
+        return None
+    return EagerReport(
+        modules=len(roads),
+        calls=sum(road.calls for road in roads),
+        own_calls=sum(road.own_calls for road in roads),
+        kernels=tuple(dict.fromkeys(road.kernel.key for road in roads if road.kernel)),
+        reasons=tuple(dict.fromkeys(road.why for road in roads if road.why)),
+    )
+
+
+def _notes(records: tuple[Record, ...], eager: EagerReport | None) -> list[str]:
+    """Say the things that a user would otherwise have to find out."""
+    notes: list[str] = []
+    if not records and eager is None:
+        notes.append("this model was never compiled with moecc in this process")
+    elif not records and eager is not None and eager.calls:
+        notes.append("no graph compiled: all calls so far bypassed torch.compile")
+    elif not records:
+        notes.append("nothing compiled yet: call the model first")
+    elif not any(record.blocks for record in records):
+        notes.append(_NO_BLOCK)
+    if torch._dynamo.utils.counters["frames"].get("limit_hit"):
+        notes.append("Dynamo hit its recompile limit somewhere: those frames now run uncompiled")
+    return notes

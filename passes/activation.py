@@ -1,0 +1,151 @@
+"""Read the activation between an expert's two products from the graph.
+
+Walks back from the second product's input to the first product's output, and writes down what it
+meets as an expression over `gate` and `up` (or `x`). Changes of dtype are left out: kernels compute
+activations in float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch.fx import Node
+
+from moecc.codegen.activation import GATE, OPERATIONS, UP, Expr, X, apply, constant
+from moecc.passes.pattern import op_name
+
+_PLAIN = {
+    "abs": "abs", "add": "add", "div": "div", "exp": "exp", "maximum": "max", "minimum": "min",
+    "mul": "mul", "multiply": "mul", "neg": "neg", "relu": "relu", "sigmoid": "sigmoid",
+    "silu": "silu", "square": "square", "sub": "sub", "subtract": "sub", "swish": "silu",
+    "tanh": "tanh", "truediv": "div",
+}  # fmt: skip
+_TRANSPARENT = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous"}
+
+
+class UnreadableActivation(Exception):
+    """The graph between the products holds something that kernels cannot compute."""
+
+    def __init__(self, node: Node | None, why: str) -> None:
+        super().__init__(f"at {node.name}, {why}" if node else why)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """What was read."""
+
+    expr: Expr
+    rows: Node
+    """The first product's output."""
+    gated: bool
+    interleaved: bool
+    nodes: tuple[Node, ...]
+    """Every node between the products."""
+
+
+def read_activation(activated: Node) -> Activation:
+    """Read back from the second product's input.
+
+    Raises `UnreadableActivation` naming the node that stopped it.
+    """
+    reader = _Reader()
+    expr = reader.read(activated)
+    if len(reader.rows) != 1 or len(reader.layouts) != 1:
+        raise UnreadableActivation(activated, "it reads more than one product, or one in two ways")
+    (layout,) = reader.layouts
+    return Activation(
+        expr=expr,
+        rows=next(iter(reader.rows)),
+        gated=layout != "plain",
+        interleaved=layout == "interleaved",
+        nodes=tuple(reader.interior),
+    )
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.rows: dict[Node, None] = {}
+        self.layouts: set[str] = set()
+        self.interior: dict[Node, None] = {}
+        self._known: dict[Node, Expr] = {}
+
+    def read(self, value: Any) -> Expr:
+        """Turn a node or a number into an expression."""
+        if isinstance(value, (int, float)):
+            return constant(value)
+        if value not in self._known:
+            self.interior[value] = None
+            self._known[value] = self._read_node(value)
+        return self._known[value]
+
+    def _leaf(self, rows: Node, layout: str, leaf: Expr) -> Expr:
+        self.interior.pop(rows, None)
+        self.rows[rows] = None
+        self.layouts.add(layout)
+        return leaf
+
+    def _read_node(self, node: Node) -> Expr:
+        name, args = op_name(node), node.args
+        operation = _PLAIN.get(name, "")
+        if OPERATIONS.get(operation) == len(args) and not node.kwargs.get("alpha"):
+            return apply(operation, *(self.read(arg) for arg in args))
+        if name in _TRANSPARENT:
+            return self.read(args[0])
+        if name == "getitem":
+            return self._read_half(node)
+        if name == "gelu":
+            form = node.kwargs.get("approximate", args[1] if len(args) > 1 else "none")
+            return apply("gelu_tanh" if form == "tanh" else "gelu", self.read(args[0]))
+        if name in ("clamp", "clip", "clamp_min", "clamp_max"):
+            return self._read_clamp(node, name)
+        if name == "pow" and args[1] == 2:
+            return apply("square", self.read(args[0]))
+        return self._leaf(node, "plain", X)  # not elementwise: the product itself, or a stranger
+
+    def _read_clamp(self, node: Node, name: str) -> Expr:
+        first = node.args[1] if len(node.args) > 1 else None
+        second = node.args[2] if len(node.args) > 2 else None
+        low = node.kwargs.get("min", None if name == "clamp_max" else first)
+        high = node.kwargs.get("max", first if name == "clamp_max" else second)
+        result = self.read(node.args[0])
+        result = result if low is None else apply("max", result, self.read(low))
+        return result if high is None else apply("min", result, self.read(high))
+
+    def _read_half(self, node: Node) -> Expr:
+        """Recognise one half of the rows: `chunk(2, -1)[i]`, `split(I, -1)[i]` or a slice."""
+        source, index = node.args
+        if isinstance(source, Node) and op_name(source) in ("chunk", "split", "tensor_split"):
+            if _last_dim_halves(source) and index in (0, 1):
+                self.interior[source] = None
+                return self._leaf(
+                    cast(Node, source.args[0]), "halves", (GATE, UP)[cast(int, index)]
+                )
+            raise UnreadableActivation(source, "it does not split the last dimension in two")
+        if isinstance(index, tuple) and isinstance(source, Node):
+            width = _width(source)
+            match index[-1]:
+                case slice(start=None | 0, stop=None, step=2):
+                    return self._leaf(source, "interleaved", GATE)
+                case slice(start=1, stop=None, step=2):
+                    return self._leaf(source, "interleaved", UP)
+                case slice(start=None | 0, stop=stop, step=None) if 2 * (stop or 0) == width:
+                    return self._leaf(source, "halves", GATE)
+                case slice(start=start, stop=None, step=None) if 2 * (start or 0) == width:
+                    return self._leaf(source, "halves", UP)
+                case _:
+                    pass
+        raise UnreadableActivation(node, "it takes neither half of a product")
+
+
+def _width(node: Node) -> int:
+    return int(node.meta["example_value"].shape[-1])
+
+
+def _last_dim_halves(split: Node) -> bool:
+    source = split.args[0]
+    dim = split.kwargs.get("dim", split.args[2] if len(split.args) > 2 else 0)
+    if not isinstance(source, Node) or dim not in (-1, source.meta["example_value"].dim() - 1):
+        return False
+    parts, width = split.args[1], _width(source)
+    if op_name(split) == "split":
+        return parts == width // 2 or parts in ([width // 2] * 2, (width // 2,) * 2)
+    return parts == 2 and width % 2 == 0

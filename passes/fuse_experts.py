@@ -1,0 +1,79 @@
+"""Turn each block's experts into one call.
+
+Needs: blocks.  Adds: nothing.  Graph: each block becomes one `moecc.experts` node.
+
+    sort, gather, grouped_mm, chunk, silu, mul, grouped_mm, mul, unsort, sum
+→
+    moecc.experts(hidden, ids, weights, gate_up, down, None, None, kernel)
+
+The node names the torch kernel, so the graph runs as it is; `lower` puts a faster one in its place.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from moecc.codegen import reference
+from moecc.codegen.spec import KernelSpec
+from moecc.passes.ir import MoeBlock, Outcome, Program
+from moecc.passes.options import Options
+from moecc.runtime import ops
+
+
+def fuse_experts(program: Program, options: Options) -> Outcome:
+    """Replace every detected block that is not fused yet."""
+    nodes = program.nodes()
+    found = [block for block in program.blocks if block.interior]
+    fused = {block.output: _fuse(program, block, nodes) for block in found}
+    blocks = tuple(fused.get(block.output, block) for block in program.blocks)
+    return Outcome(program=replace(program, blocks=blocks), rewrites=len(found))
+
+
+def kernel_spec(block: MoeBlock) -> KernelSpec:
+    """Say what kernel a block needs."""
+    return KernelSpec(
+        hidden=block.hidden_size,
+        intermediate=block.intermediate,
+        experts=block.experts,
+        dtype=block.dtype,
+        activation=block.activation,
+        gated=block.gated,
+        interleaved=block.interleaved,
+        transposed=block.transposed,
+        bias=block.gate_up_bias is not None,
+        device=block.device,
+    )
+
+
+def _fuse(program: Program, block: MoeBlock, nodes: dict[str, Node]) -> MoeBlock:
+    graph = program.gm.graph
+    kernel = reference.emit(kernel_spec(block))
+    ops.install(kernel.key, kernel.run)
+    old = nodes[block.output]
+    inputs = (
+        block.hidden, block.ids, block.weights, block.gate_up, block.down,
+        block.gate_up_bias, block.down_bias,
+    )  # fmt: skip
+    args = [nodes[name] if name is not None else None for name in inputs]
+    hidden = nodes[block.hidden].meta["example_value"]
+    with graph.inserting_before(old):
+        new = graph.call_function(torch.ops.moecc.experts.default, (*args, kernel.key))
+        new.meta = dict(old.meta, example_value=hidden.new_empty(hidden.shape))
+        result = new
+        if old.meta["example_value"].dtype != hidden.dtype:  # the model leaves the sum wide
+            result = graph.call_method("to", (new, old.meta["example_value"].dtype))
+            result.meta = dict(old.meta)
+    old.replace_all_uses_with(result)
+    graph.erase_node(old)
+    _erase_interior([nodes[name] for name in block.interior], graph)
+    return replace(block, output=new.name, interior=())
+
+
+def _erase_interior(interior: list[Node], graph: torch.fx.Graph) -> None:
+    """Drop what only served the block, in-place writes too, which dead-code removal must keep."""
+    left = set(interior)
+    while dead := [node for node in left if not node.users]:
+        for node in dead:
+            graph.erase_node(node)
+        left.difference_update(dead)

@@ -1,0 +1,115 @@
+"""Hold everything a user may decide: `torch.compile(..., options={...})` and `moecc.load(...)`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from moecc.runtime.errors import OptionError
+
+SCHEMES = ("int8", "int4", "mxfp4", "fp8")
+POLICIES = ("auto", "lru", "lfu", "lookahead")
+EMITTERS = ("auto", "triton", "native", "torch")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user asked for, checked. Fields are the table in the README."""
+
+    quantize: str | Mapping[str, str] | None = None
+    expert_memory: int | float | None = None
+    """Bytes, or a share of the experts' own bytes as a float in (0, 1]; None is all resident."""
+    lookahead: int | Literal["auto"] = "auto"
+    policy: str = "auto"
+    kernels: str = "auto"
+    inner: str = "inductor"
+    strict: bool = False
+
+    @staticmethod
+    def parse(given: Mapping[str, Any] | None) -> "Options":
+        """Check a plain mapping.
+
+        Raises `OptionError` naming the key, the value and what is allowed.
+        """
+        given = dict(given or {})
+        names = [field.name for field in fields(Options)]
+        unknown = [key for key in given if key not in names]
+        if unknown:
+            raise OptionError(f"unknown option(s) {unknown}; moecc takes {names}")
+        return Options(**{key: _CHECKS[key](value) for key, value in given.items()})
+
+
+def parse_memory(value: Any) -> int | float | None:
+    """Read an amount of memory: None, bytes, '8GiB', '500 MB' or a share such as '25%'.
+
+    Returns bytes as an int, a share as a float in (0, 1].
+    """
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", value)
+        if found and found[2] == "%" and 0 < float(found[1]) <= 100:
+            return float(found[1]) / 100
+        if found and found[2].upper() in _UNITS and float(found[1]) > 0:
+            return int(float(found[1]) * _UNITS[found[2].upper()])
+    raise _bad("expert_memory", value, "None, bytes, '8GiB' or a share such as '25%'")
+
+
+def _bad(key: str, value: Any, allowed: str) -> OptionError:
+    return OptionError(f"option {key!r} is {value!r}; allowed: {allowed}")
+
+
+def _quantize(value: Any) -> Any:
+    allowed = f"None, one of {list(SCHEMES)}, or a mapping from a name pattern to one of them"
+    if value is None or (isinstance(value, str) and value in SCHEMES):
+        return value
+    if isinstance(value, Mapping):
+        pairs = dict[Any, Any](value)
+        if pairs and all(isinstance(k, str) and v in SCHEMES for k, v in pairs.items()):
+            return pairs
+    raise _bad("quantize", value, allowed)
+
+
+def _lookahead(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise _bad("lookahead", value, "'auto' or a number of layers, 0 for none")
+
+
+def _one_of(key: str, allowed: tuple[str, ...]) -> Any:
+    def check(value: Any) -> str:
+        if isinstance(value, str) and value in allowed:
+            return value
+        raise _bad(key, value, f"one of {list(allowed)}")
+
+    return check
+
+
+def _inner(value: Any) -> str:
+    import torch
+
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if isinstance(value, str) and value in backends and value != "moecc":
+        return value
+    raise _bad("inner", value, f"a registered backend: {[b for b in backends if b != 'moecc']}")
+
+
+def _strict(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise _bad("strict", value, "True or False")
+
+
+_CHECKS: dict[str, Any] = {
+    "quantize": _quantize,
+    "expert_memory": parse_memory,
+    "lookahead": _lookahead,
+    "policy": _one_of("policy", POLICIES),
+    "kernels": _one_of("kernels", EMITTERS),
+    "inner": _inner,
+    "strict": _strict,
+}

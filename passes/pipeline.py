@@ -1,0 +1,137 @@
+"""Run the passes, in order, and check the graph after each one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+from torch.fx import Node
+
+from moecc.passes.detect_moe import detect_moe
+from moecc.passes.fuse_experts import fuse_experts
+from moecc.passes.insert_prefetch import insert_prefetch
+from moecc.passes.ir import Miss, Outcome, Program
+from moecc.passes.lower import lower
+from moecc.passes.options import Options
+from moecc.passes.pattern import mutates
+from moecc.passes.quantize_experts import quantize_experts
+from moecc.passes.schedule_offload import schedule_offload
+from moecc.passes.text import graph_text
+from moecc.runtime.errors import MoeccError, PassError, StrictError
+
+Pass = Callable[[Program, Options], Outcome]
+
+PIPELINE: tuple[Pass, ...] = (
+    detect_moe,
+    fuse_experts,
+    quantize_experts,  # after fuse: a scheme is chosen for a block's whole weights
+    schedule_offload,  # after quantize: the budget counts real bytes
+    insert_prefetch,  # after schedule: which experts live elsewhere is known
+    lower,  # last: the kernel depends on scheme and placement
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one pass did, for the table of passes."""
+
+    name: str
+    rewrites: int
+    nodes_before: int
+    nodes_after: int
+    milliseconds: float
+    misses: tuple[Miss, ...]
+    note: str
+    before: str
+    """The graph as text; empty unless `keep_text` was asked for."""
+    after: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The rewritten program and how it came about."""
+
+    program: Program
+    steps: tuple[Step, ...]
+
+    @property
+    def misses(self) -> tuple[Miss, ...]:
+        """Everything that was left alone, in pipeline order."""
+        return tuple(miss for step in self.steps for miss in step.misses)
+
+
+def run(
+    program: Program,
+    options: Options,
+    pipeline: tuple[Pass, ...] = PIPELINE,
+    keep_text: bool = False,
+) -> Result:
+    """Run every pass.
+
+    Raises `PassError` naming the pass that failed, and `StrictError` if `options.strict` and a
+    pass had to fall back.
+    """
+    steps: list[Step] = []
+    for one in pipeline:
+        step, program = _run_pass(one, program, options, keep_text)
+        steps.append(step)
+        fallbacks = [miss for miss in step.misses if miss.fallback]
+        if options.strict and fallbacks:
+            listed = "; ".join(f"{miss.where}: {miss.why}" for miss in fallbacks)
+            raise StrictError(f"strict=True and {step.name} had to leave things alone: {listed}")
+    return Result(program=program, steps=tuple(steps))
+
+
+def _run_pass(
+    one: Pass, program: Program, options: Options, keep_text: bool
+) -> tuple[Step, Program]:
+    name, graph = one.__name__, program.gm.graph
+    count, before = len(graph.nodes), graph_text(graph) if keep_text else ""
+    start = perf_counter()
+    with _naming(name):
+        outcome = one(program, options)
+        if outcome.rewrites:
+            graph.eliminate_dead_code(is_impure_node=_must_stay)
+            graph.lint()
+            program.gm.recompile()
+        _check(outcome.program, name)
+    step = Step(
+        name=name,
+        rewrites=outcome.rewrites,
+        nodes_before=count,
+        nodes_after=len(graph.nodes),
+        milliseconds=(perf_counter() - start) * 1e3,
+        misses=outcome.misses,
+        note=outcome.note,
+        before=before,
+        after=graph_text(graph) if keep_text else "",
+    )
+    return step, outcome.program
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except MoeccError:
+        raise
+    except Exception as error:
+        raise PassError(
+            f"pass {name!r} failed with {type(error).__name__}: {error}; this is a defect of "
+            "moecc, and torch.compile(model) without it still works"
+        ) from error
+
+
+def _must_stay(node: Node) -> bool:
+    """Keep what writes in place: Dynamo's graphs are not functional, and fx's own test is."""
+    return node.is_impure() or mutates(node)
+
+
+def _check(program: Program, name: str) -> None:
+    """Hold every decision against the graph: the nodes it names exist."""
+    names = {node.name for node in program.gm.graph.nodes}
+    for block in program.blocks:
+        inputs = (block.hidden, block.ids, block.weights, block.gate_up, block.down, block.output)
+        lost = [each for each in inputs if each not in names]
+        if lost:
+            raise PassError(f"pass {name!r} lost nodes {lost} of block {block.path!r}")

@@ -1,0 +1,29 @@
+"""Say where in the user's model a node comes from: labels for reports, never decisions."""
+
+import re
+from pathlib import PurePath
+
+from torch.fx import Node
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
+
+
+def module_path(node: Node) -> str:
+    """Give the path of the innermost module around a node, `model.layers.3.mlp.experts`."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path: str = [*stack.values()][-1][0]
+    path = re.sub(r"L\['(\w+)'\]\.?", "", path)
+    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).lstrip(".")
+
+
+def source_line(node: Node) -> str:
+    """Give the innermost line of the user's source, `modeling_mixtral.py:127`, or nothing."""
+    frames = _FRAME.findall(str(node.meta.get("stack_trace") or ""))
+    for file, line in reversed(frames):
+        parts = PurePath(file).parts
+        if "integrations" not in parts and not {"moecc", "torch"}.intersection(parts[-3:-1]):
+            return f"{PurePath(file).name}:{line}"
+    return ""

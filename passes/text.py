@@ -1,0 +1,89 @@
+"""Print a graph as text that a person can read and diff, and that torch releases do not churn.
+
+%hidden = placeholder                              # f32[T, 64]
+%experts = moecc.experts(%hidden, %ids, ...)       # f32[T, 64]  model.layers.0.mlp.experts
+"""
+
+import difflib
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moecc.passes.pattern import target_name
+from moecc.passes.source import module_path
+
+_SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b", "complex": "c"}
+
+
+def graph_text(graph: Graph) -> str:
+    """Print one node a line: name, call, and what it yields as a comment."""
+    return "\n".join(node_text(node) for node in graph.nodes) + "\n"
+
+
+def node_text(node: Node) -> str:
+    """Print one node."""
+    value = node.meta.get("example_value")
+    made = value_text(value) if isinstance(value, torch.Tensor) else ""
+    comment = "  ".join(part for part in (made, module_path(node)) if part)
+    if node.op == "placeholder":
+        line = f"%{node.name} = placeholder"
+    elif node.op == "output":
+        return f"return {_argument(node.args[0])}"
+    else:
+        named = {key: _argument(value) for key, value in node.kwargs.items()}
+        args = [_argument(arg) for arg in node.args] + [f"{k}={v}" for k, v in named.items()]
+        line = f"%{node.name} = {_target(node)}({', '.join(args)})"
+    return f"{line}  # {comment}" if comment else line
+
+
+def value_text(value: torch.Tensor) -> str:
+    """Print a tensor's dtype and shape, `bf16[s0, 2048]`."""
+    name = str(value.dtype).removeprefix("torch.")
+    kind = name.rstrip("0123456789")
+    short = _SHORT.get(kind, kind) + name[len(kind) :]
+    return f"{short}[{', '.join(map(str, value.shape))}]"
+
+
+def graph_diff(before: str, after: str, name: str) -> str:
+    """Show what a pass changed as a unified diff."""
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), f"before {name}", f"after {name}", "", "", 2, ""
+    )
+    return "\n".join(lines)
+
+
+def _target(node: Node) -> str:
+    if node.op == "call_method":
+        return f".{node.target}"
+    packet = str(getattr(node.target, "_qualified_op_name", ""))
+    overload = getattr(node.target, "overloadpacket", None)
+    packet = packet or str(getattr(overload, "_qualified_op_name", ""))
+    return packet.replace("::", ".") or target_name(node.target)
+
+
+def _argument(value: Any) -> str:
+    match value:
+        case Node():
+            return f"%{value.name}"
+        case slice():
+            parts = [value.start, value.stop, value.step]
+            text = ":".join("" if part is None else _argument(part) for part in parts)
+            return text[:-1] if value.step is None else text
+        case list() | tuple():
+            inside = ", ".join(map(_argument, list[Any](value)))
+            return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+        case dict():
+            return (
+                "{"
+                + ", ".join(f"{k}: {_argument(v)}" for k, v in dict[Any, Any](value).items())
+                + "}"
+            )
+        case _:
+            return (
+                "..."
+                if value is Ellipsis
+                else str(value)
+                if not isinstance(value, str)
+                else repr(value)
+            )

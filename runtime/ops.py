@@ -1,0 +1,150 @@
+"""Define the operators that a rewritten graph calls.
+
+    moecc::experts        a whole MoE block's experts, run by the kernel it names
+    moecc::expert_linear  one grouped product, y[t, k] = W[ids[t, k]] x[t] (+ b)
+    moecc::combine        the weighted sum over k
+
+Capture writes the last two, with the activation between them as ordinary nodes; `fuse_experts`
+turns the group into the first. What it cannot turn stays and runs as defined here. Operators are
+opaque to the inner backend and take weights as runtime inputs, so that one graph can serve several
+layers and models.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from moecc.runtime.errors import InputError
+
+ExpertsFn = Callable[
+    [
+        torch.Tensor,  # hidden        [T, H]
+        torch.Tensor,  # ids           [T, K] int64; an id outside 0..E-1 contributes nothing
+        torch.Tensor,  # weights       [T, K]
+        torch.Tensor,  # gate_up       [E, 2I, H]   or [E, H, 2I] when transposed; I if not gated
+        torch.Tensor,  # down          [E, H, I]    or [E, I, H] when transposed
+        torch.Tensor | None,  # gate_up_bias  [E, 2I]
+        torch.Tensor | None,  # down_bias     [E, H]
+    ],
+    torch.Tensor,  # [T, H], dtype and device of hidden
+]
+"""out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k]."""
+
+calls: Counter[str] = Counter()
+"""How often each kernel ran in this process, compiled and eager roads together."""
+
+_kernels: dict[str, ExpertsFn] = {}
+_library = torch.library.Library("moecc", "DEF")
+
+
+def install(key: str, run: ExpertsFn) -> None:
+    """Make a kernel callable from graphs under its key; equal keys mean equal kernels."""
+    _kernels[key] = run
+
+
+def _experts(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    kernel: str,
+) -> torch.Tensor:
+    run = _kernels.get(kernel)
+    if run is None:
+        raise InputError(
+            f"kernel {kernel!r} is not installed in this process; "
+            "graphs have to be compiled by moecc here before they run"
+        )
+    calls[kernel] += 1
+    return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias)
+
+
+def _expert_linear(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+) -> torch.Tensor:
+    calls["torch: expert_linear"] += 1
+    out = x.new_zeros(*ids.shape, weight.shape[2 if transposed else 1], dtype=weight.dtype)
+    for expert in ids.unique().tolist():
+        if not 0 <= expert < weight.shape[0]:
+            continue
+        token, slot = torch.where(ids == expert)
+        rows = x[token] if x.dim() == 2 else x[token, slot]
+        matrix = weight[expert] if transposed else weight[expert].T
+        product = rows.to(weight.dtype) @ matrix
+        out[token, slot] = product if bias is None else product + bias[expert]
+    return out
+
+
+def _combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(wide) * weights.to(wide).unsqueeze(-1)).sum(dim=1).to(y.dtype)
+
+
+def _refuse_meta(tensor: torch.Tensor) -> None:
+    """Fail loudly where torch would return uninitialised memory: a real tensor without data."""
+    if tensor.is_meta and not isinstance(tensor, FakeTensor):
+        raise InputError(
+            f"expert weights of shape {tuple(tensor.shape)} are on the meta device and hold no "
+            "data; load them before calling the model"
+        )
+
+
+def _fake_experts(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    kernel: str,
+) -> torch.Tensor:
+    _refuse_meta(gate_up)
+    return hidden.new_empty(hidden.shape)
+
+
+def _fake_expert_linear(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+) -> torch.Tensor:
+    _refuse_meta(weight)
+    width = weight.shape[2 if transposed else 1]
+    return x.new_empty(ids.shape[0], ids.shape[1], width, dtype=weight.dtype)
+
+
+def _fake_combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return y.new_empty(y.shape[0], y.shape[2])
+
+
+def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]):
+    """Register with `Library`, not `custom_op`, which costs 100 us more a call."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moecc::{name}", fake, lib=_library)
+
+
+_define(
+    "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
+    "Tensor? gate_up_bias, Tensor? down_bias, str kernel) -> Tensor",
+    _experts,
+    _fake_experts,
+)
+_define(
+    "expert_linear(Tensor x, Tensor ids, Tensor weight, Tensor? bias, bool transposed) -> Tensor",
+    _expert_linear,
+    _fake_expert_linear,
+)
+_define("combine(Tensor y, Tensor weights) -> Tensor", _combine, _fake_combine)
