@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from moecc.passes.detect_moe import detect_moe
 from moecc.passes.fuse_experts import fuse_experts
@@ -87,11 +87,12 @@ def _run_pass(
 ) -> tuple[Step, Program]:
     name, graph = one.__name__, program.gm.graph
     count, before = len(graph.nodes), graph_text(graph) if keep_text else ""
+    used = {node for node in graph.nodes if node.users}
     start = perf_counter()
     with _naming(name):
         outcome = one(program, options)
         if outcome.rewrites:
-            graph.eliminate_dead_code(is_impure_node=_must_stay)
+            _drop_orphans(graph, used)
             graph.lint()
             program.gm.recompile()
         _check(outcome.program, name)
@@ -122,9 +123,15 @@ def _naming(name: str) -> Iterator[None]:
         ) from error
 
 
-def _must_stay(node: Node) -> bool:
-    """Keep what writes in place: Dynamo's graphs are not functional, and fx's own test is."""
-    return node.is_impure() or mutates(node)
+def _drop_orphans(graph: Graph, used: set[Node]) -> None:
+    """Erase what lost its last user in this pass.
+
+    fx's own dead-code removal is for functional graphs. In Dynamo's, a node without users may
+    write in place or open a scope (vmap, autocast), so what nobody used before stays.
+    """
+    for node in reversed(graph.nodes):
+        if node in used and not node.users and not mutates(node) and node.op != "placeholder":
+            graph.erase_node(node)
 
 
 def _check(program: Program, name: str) -> None:
