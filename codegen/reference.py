@@ -4,6 +4,7 @@ The definition that every emitter is tested against, and what runs where there i
 """
 
 import inspect
+from typing import cast
 
 import torch
 
@@ -38,7 +39,7 @@ def experts_torch(
     tokens, active = ids.shape
     wide = torch.promote_types(spec.dtype, torch.float32)
     terms = torch.zeros(tokens, active, hidden.shape[-1], dtype=wide, device=hidden.device)
-    for expert in ids.unique().tolist():
+    for expert in cast(list[int], ids.unique().tolist()):
         if not 0 <= expert < spec.experts:
             continue
         token, slot = torch.where(ids == expert)

@@ -4,6 +4,8 @@ torch loads this module when it looks the backend up, before anything is traced;
 capture is installed (`moecc.capture`).
 """
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +13,19 @@ import torch
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
-from moecc import capture, dump
+from moecc import capture, dump, log
 from moecc.passes.ir import Program
 from moecc.passes.options import Options
-from moecc.passes.pipeline import run
+from moecc.passes.pipeline import Result, run
 from moecc.records import Record
+
+_passes = logging.getLogger("moecc.passes")
+_kernels = logging.getLogger("moecc.kernels")
 
 
 def moecc(
     gm: GraphModule,
-    example_inputs: Sequence[torch.Tensor],
+    example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
@@ -31,13 +36,13 @@ def moecc(
     Raises `OptionError` for bad options, `StrictError` when `strict` forbids a fallback.
     """
     chosen = Options.parse(options)
-    wants_grad = torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
-    )
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     program = Program(gm=gm, trains=wants_grad)
-    result = run(program, chosen, keep_text=dump.wanted())
-    dump.write(result)
-    record = Record.of(result, chosen, example_inputs, capture.take_notes())
+    result = run(program, chosen, keep_text=dump.wants_text())
+    dump.write(result.steps, result.program.lowerings)
+    _log(result)
+    record = Record.of(result, chosen, tensors, capture.take_notes())
     return record.count(_inner(chosen.inner, mode)(gm, example_inputs))
 
 
@@ -47,7 +52,21 @@ def _inner(name: str, mode: str | None) -> Callable[..., Callable[..., Any]]:
     if name != "inductor" or mode is None:
         return compiler
     patches: dict[str, Any] = torch._inductor.list_mode_options(mode)  # pyright: ignore[reportPrivateUsage]
-    return lambda gm, inputs: compiler(gm, inputs, config_patches=patches)
+    return functools.partial(compiler, config_patches=patches)
 
 
+def _log(result: Result) -> None:
+    for step in result.steps:
+        _passes.info(
+            "%s: %d rewrites, %d → %d nodes, %.1f ms %s",
+            step.name, step.rewrites, step.nodes_before, step.nodes_after, step.milliseconds,
+            step.note,
+        )  # fmt: skip
+        for miss in step.misses:
+            _passes.info("%s left alone: %s", miss.where, miss.why)
+    for lowering in result.program.lowerings:
+        _kernels.info("%s: %s", lowering.block, lowering.kernel)
+
+
+log.install()
 capture.install(moecc)

@@ -28,7 +28,7 @@ _backend: Callable[..., Any] | None = None
 
 
 def install(backend: Callable[..., Any]) -> None:
-    """Hook into Dynamo and transformers for `backend`; does nothing the second time."""
+    """Set capture up for `backend`, once, by hooking into Dynamo and transformers."""
     global _backend
     if _backend is not None:
         return

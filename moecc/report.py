@@ -1,4 +1,4 @@
-"""Tell what moecc did to a model: blocks, rewrites, kernels, roads taken, and what it left alone."""
+"""Tell what moecc did to a model: blocks, passes, kernels, roads taken, what it left alone."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -130,6 +130,12 @@ def _notes(records: tuple[Record, ...], eager: EagerReport | None) -> list[str]:
         notes.append("nothing compiled yet: call the model first")
     elif not any(record.blocks for record in records):
         notes.append(_NO_BLOCK)
-    if torch._dynamo.utils.counters["frames"].get("limit_hit"):
+    if _hit_recompile_limit():
         notes.append("Dynamo hit its recompile limit somewhere: those frames now run uncompiled")
     return notes
+
+
+def _hit_recompile_limit() -> bool:
+    from torch._dynamo.utils import counters
+
+    return any("recompile_limit" in reason for reason in counters["unimplemented"])

@@ -1,7 +1,7 @@
 """Take over the experts of transformers models at the one function they all go through.
 
-64 of 72 MoE families call `ExpertsInterface.get_interface(...)` inside `*Experts.forward`. While our
-backend traces, it hands out `canonical_forward`, which writes the experts as two
+64 of 72 MoE families call `ExpertsInterface.get_interface(...)` inside `*Experts.forward`. While
+our backend traces, it hands out `canonical_forward`, which writes the experts as two
 `moecc.expert_linear` and a `moecc.combine` with the model's own activation between them; the eager
 loop, `batched_mm` and `grouped_mm` become alike. Outside Dynamo it hands out our kernels, for
 adopted models only. Everyone else gets what they would have got.
@@ -66,11 +66,11 @@ def install(traced_by_us: Callable[[], bool], note: Callable[[str, str], None]) 
         return
     original = interface.get_interface
 
-    @torch._dynamo.assume_constant_result
+    @torch.compiler.assume_constant_result
     def is_ours() -> bool:
         return traced_by_us()
 
-    @torch._dynamo.assume_constant_result
+    @torch.compiler.assume_constant_result
     def takes(module: nn.Module) -> bool:
         why = _refusal(module)
         if why:
@@ -101,7 +101,9 @@ def canonical_forward(
     """Write the experts so that every model looks alike; the activation stays the model's own."""
     bias = module.has_bias
     first = module.gate_up_proj if module.has_gate else module.up_proj
-    first_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if bias else None
+    first_bias = (
+        (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if bias else None
+    )
     second_bias = module.down_proj_bias if bias else None
     turned = bool(module.is_transposed)
     rows = torch.ops.moecc.expert_linear(hidden, ids, first, first_bias, turned)
@@ -163,7 +165,7 @@ def _run_eager(
 
 def _kernel(module: Any, road: Road) -> Kernel | None:
     """Choose the module's kernel, again only when its weights changed kind."""
-    down = module.down_proj
+    down = cast(torch.Tensor, module.down_proj)
     kind = (type(down), down.dtype, down.device.type, down.shape)
     if road.made_for != kind:
         road.made_for, road.kernel, road.why = kind, None, _refusal(module)

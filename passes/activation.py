@@ -84,7 +84,8 @@ class _Reader:
         return leaf
 
     def _read_node(self, node: Node) -> Expr:
-        name, args = op_name(node), node.args
+        name = op_name(node)
+        args = cast(tuple[Any, ...], node.args)
         operation = _PLAIN.get(name, "")
         if OPERATIONS.get(operation) == len(args) and not node.kwargs.get("alpha"):
             return apply(operation, *(self.read(arg) for arg in args))
@@ -93,7 +94,7 @@ class _Reader:
         if name == "getitem":
             return self._read_half(node)
         if name == "gelu":
-            form = node.kwargs.get("approximate", args[1] if len(args) > 1 else "none")
+            form = node.kwargs.get("approximate", (*args, "none")[1])
             return apply("gelu_tanh" if form == "tanh" else "gelu", self.read(args[0]))
         if name in ("clamp", "clip", "clamp_min", "clamp_max"):
             return self._read_clamp(node, name)
@@ -106,7 +107,7 @@ class _Reader:
         second = node.args[2] if len(node.args) > 2 else None
         low = node.kwargs.get("min", None if name == "clamp_max" else first)
         high = node.kwargs.get("max", first if name == "clamp_max" else second)
-        result = self.read(node.args[0])
+        result = self.read(cast(Any, node.args)[0])
         result = result if low is None else apply("max", result, self.read(low))
         return result if high is None else apply("min", result, self.read(high))
 
@@ -141,11 +142,11 @@ def _width(node: Node) -> int:
 
 
 def _last_dim_halves(split: Node) -> bool:
-    source = split.args[0]
+    source, parts = split.args[:2]
     dim = split.kwargs.get("dim", split.args[2] if len(split.args) > 2 else 0)
     if not isinstance(source, Node) or dim not in (-1, source.meta["example_value"].dim() - 1):
         return False
-    parts, width = split.args[1], _width(source)
+    width = _width(source)
     if op_name(split) == "split":
-        return parts == width // 2 or parts in ([width // 2] * 2, (width // 2,) * 2)
-    return parts == 2 and width % 2 == 0
+        return parts in (width // 2, [width // 2] * 2, (width // 2,) * 2)
+    return bool(parts == 2) and width % 2 == 0

@@ -9,6 +9,7 @@ Needs: blocks.  Adds: nothing.  Graph: each block becomes one `moecc.experts` no
 The node names the torch kernel, so the graph runs as it is; `lower` puts a faster one in its place.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -46,7 +47,7 @@ def kernel_spec(block: MoeBlock) -> KernelSpec:
     )
 
 
-def _fuse(program: Program, block: MoeBlock, nodes: dict[str, Node]) -> MoeBlock:
+def _fuse(program: Program, block: MoeBlock, nodes: Mapping[str, Node]) -> MoeBlock:
     graph = program.gm.graph
     kernel = reference.emit(kernel_spec(block))
     ops.install(kernel.key, kernel.run)

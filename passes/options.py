@@ -3,15 +3,15 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from moecc.runtime.errors import OptionError
 
 SCHEMES = ("int8", "int4", "mxfp4", "fp8")
 POLICIES = ("auto", "lru", "lfu", "lookahead")
 EMITTERS = ("auto", "triton", "native", "torch")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = _DECIMAL | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def _quantize(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value in SCHEMES):
         return value
     if isinstance(value, Mapping):
-        pairs = dict[Any, Any](value)
+        pairs = dict(cast(Mapping[Any, Any], value))
         if pairs and all(isinstance(k, str) and v in SCHEMES for k, v in pairs.items()):
             return pairs
     raise _bad("quantize", value, allowed)

@@ -1,6 +1,6 @@
 """Run the passes, in order, and check the graph after each one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -111,7 +111,7 @@ def _run_pass(
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _naming(name: str) -> Generator[None]:
     try:
         yield
     except MoeccError:

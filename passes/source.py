@@ -6,6 +6,7 @@ from pathlib import PurePath
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
+_LIFTED = ("l_self_modules_", "l_self_parameters_", "l_self_buffers_")
 
 
 def module_path(node: Node) -> str:
@@ -17,6 +18,17 @@ def module_path(node: Node) -> str:
     path = re.sub(r"L\['(\w+)'\]\.?", "", path)
     path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).lstrip(".")
+
+
+def value_name(node: Node) -> str:
+    """Name a node for a reader: an input by its path in the model, anything else by its name.
+
+    Dynamo calls a parameter `l_self_modules_layers_modules_0_modules_mlp_parameters_w_`.
+    """
+    if node.op != "placeholder" or not node.name.startswith(_LIFTED):
+        return f"%{node.name}"
+    path = re.sub("_(modules|parameters|buffers)_", ".", node.name[len("l_self") :])
+    return "@" + path.strip("_.")
 
 
 def source_line(node: Node) -> str:

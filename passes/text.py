@@ -5,13 +5,14 @@
 """
 
 import difflib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
 
 from moecc.passes.pattern import target_name
-from moecc.passes.source import module_path
+from moecc.passes.source import module_path, value_name
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b", "complex": "c"}
 
@@ -27,7 +28,7 @@ def node_text(node: Node) -> str:
     made = value_text(value) if isinstance(value, torch.Tensor) else ""
     comment = "  ".join(part for part in (made, module_path(node)) if part)
     if node.op == "placeholder":
-        line = f"%{node.name} = placeholder"
+        line = f"{value_name(node)} = placeholder"
     elif node.op == "output":
         return f"return {_argument(node.args[0])}"
     else:
@@ -65,25 +66,23 @@ def _target(node: Node) -> str:
 def _argument(value: Any) -> str:
     match value:
         case Node():
-            return f"%{value.name}"
+            return value_name(value)
         case slice():
-            parts = [value.start, value.stop, value.step]
-            text = ":".join("" if part is None else _argument(part) for part in parts)
-            return text[:-1] if value.step is None else text
-        case list() | tuple():
-            inside = ", ".join(map(_argument, list[Any](value)))
-            return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+            limits = cast("slice[Any, Any, Any]", value)
+            parts = [limits.start, limits.stop, limits.step][: 2 if limits.step is None else 3]
+            return ":".join("" if part is None else _argument(part) for part in parts)
+        case list():
+            return f"[{_arguments(cast(list[Any], value))}]"
+        case tuple():
+            return f"({_arguments(cast(tuple[Any, ...], value))})"
         case dict():
-            return (
-                "{"
-                + ", ".join(f"{k}: {_argument(v)}" for k, v in dict[Any, Any](value).items())
-                + "}"
-            )
+            pairs = cast(dict[Any, Any], value).items()
+            return "{" + ", ".join(f"{key}: {_argument(one)}" for key, one in pairs) + "}"
+        case str():
+            return repr(value)
         case _:
-            return (
-                "..."
-                if value is Ellipsis
-                else str(value)
-                if not isinstance(value, str)
-                else repr(value)
-            )
+            return "..." if value is Ellipsis else str(value)
+
+
+def _arguments(values: Iterable[Any]) -> str:
+    return ", ".join(map(_argument, values))

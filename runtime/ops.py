@@ -12,6 +12,7 @@ layers and models.
 
 from collections import Counter
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -73,7 +74,7 @@ def _expert_linear(
 ) -> torch.Tensor:
     calls["torch: expert_linear"] += 1
     out = x.new_zeros(*ids.shape, weight.shape[2 if transposed else 1], dtype=weight.dtype)
-    for expert in ids.unique().tolist():
+    for expert in cast(list[int], ids.unique().tolist()):
         if not 0 <= expert < weight.shape[0]:
             continue
         token, slot = torch.where(ids == expert)

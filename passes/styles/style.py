@@ -1,7 +1,6 @@
 """Say what a style of writing a MoE block consists of."""
 
 from dataclasses import dataclass
-
 from typing import Any
 
 from moecc.passes.pattern import Bind, Call, Either, call, either

@@ -1,0 +1,132 @@
+"""The command line. Exit status: 0 fine, 1 a problem was found, 2 wrong use."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moecc import __version__
+from moecc.runtime.errors import MoeccError
+
+app = typer.Typer(
+    help="Look inside moecc, a torch.compile backend for mixture-of-experts models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint folder, a hub id, a transformers model type such as qwen3_moe "
+        "(a tiny random instance), or file.py:factory.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Kernels = Annotated[str, typer.Option(help="Emitter: auto, triton, native or torch.")]
+Dtype = Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+@app.command(
+    epilog="Examples: [b]moecc passes qwen3_moe[/b] · "
+    "[b]moecc passes mixtral --diff fuse_experts[/b] · "
+    "[b]moecc passes model.py:make --dump graphs[/b]"
+)
+def passes(
+    model: Model,
+    diff: Annotated[
+        str, typer.Option(help="Show what this pass changed.", show_default=False)
+    ] = "",
+    dump: Annotated[
+        Path | None, typer.Option(help="Write graphs and kernels here.", show_default=False)
+    ] = None,
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compile MODEL for a prefill of 2 x 16 tokens and show what each pass did.
+
+    Exit status 1 if no MoE block was found or something fell back.
+    """
+    from moecc import inspection
+
+    seen = inspection.inspect(model, kernels, dtype)
+    if diff:
+        typer.echo(inspection.diff_text(seen, diff))
+    elif as_json:
+        typer.echo(json.dumps(inspection.to_dict(seen), indent=2))
+    else:
+        inspection.print_inspection(seen, Console())
+    if dump:
+        for file in inspection.dump(seen, dump):
+            typer.echo(file, err=True)
+    if inspection.has_problem(seen):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog='Examples: [b]moecc run benchmarks/reference -p "In the beginning"[/b] · '
+    "[b]moecc run MODEL --prompt-file prompt.txt -n 200 --rounds 5[/b]"
+)
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue.")] = "",
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from a file.", show_default=False)
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", min=2)] = 64,
+    rounds: Annotated[int, typer.Option(help="Timed generations each way.", min=1)] = 3,
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with MODEL through moecc, beside transformers eager, and compare the tokens.
+
+    Exit status 1 if the tokens differ.
+    """
+    from moecc import demo
+
+    if prompt_file is not None:
+        if not prompt_file.is_file():
+            raise typer.BadParameter(f"there is no file {str(prompt_file)!r}")
+        prompt = prompt_file.read_text()
+    if not prompt:
+        raise typer.BadParameter("give a prompt with -p TEXT or --prompt-file FILE")
+    shown = demo.run(model, prompt, new_tokens, rounds, {"kernels": kernels}, dtype, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(shown.to_dict(), indent=2))
+    else:
+        demo.print_demo(shown, Console())
+    if not shown.comparison.same_tokens:
+        raise typer.Exit(1)
+
+
+def main() -> Any:
+    """Run the command line; moecc's own errors are a line on stderr and status 2."""
+    try:
+        return app()
+    except MoeccError as error:
+        Console(stderr=True, highlight=False).print(f"moecc: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,108 @@
+"""Show moecc at work on a prompt: `moecc run`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moecc.generate import Comparison, compare
+from moecc.generate import Progress as Watch
+from moecc.models import Loaded, load_model
+from moecc.report import Report, report
+from moecc.runtime.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demo:
+    """A text, how it was made and how fast."""
+
+    prompt: str
+    text: str
+    comparison: Comparison
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain values."""
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "same_tokens": self.comparison.same_tokens,
+            "comparison": asdict(self.comparison),
+            "report": self.report.to_dict(),
+        }
+
+
+def run(
+    name: str,
+    prompt: str,
+    new_tokens: int,
+    rounds: int,
+    options: dict[str, Any],
+    dtype: str,
+    quiet: bool,
+) -> Demo:
+    """Load, generate both ways with a live line on stderr, and compare.
+
+    Raises `ModelError` for a model without a tokenizer or with too short a context.
+    """
+    loaded = load_model(name, dtype)
+    if loaded.tokenizer is None:
+        raise ModelError(f"{name!r} has no tokenizer; `moecc run` needs a checkpoint that has one")
+    ids: torch.Tensor = loaded.tokenizer(prompt, return_tensors="pt").input_ids
+    _check_length(loaded, ids.shape[1] + new_tokens)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True, quiet=quiet)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"loading {name}", total=None)
+
+        def watch(what: str) -> Watch:
+            def show(count: int, seconds: float) -> None:
+                rate = count / seconds if seconds else 0.0
+                line = f"{what}: {count}/{new_tokens} tokens, {rate:.0f} tokens/s"
+                bar.update(task, description=line)
+
+            return show
+
+        comparison = compare(loaded.model, ids, new_tokens, options, rounds, watch)
+    return Demo(
+        prompt=prompt,
+        text=loaded.tokenizer.decode(comparison.moecc[-1].tokens),
+        comparison=comparison,
+        report=report(loaded.model),
+    )
+
+
+def print_demo(shown: Demo, console: Console) -> None:
+    """Print the text, both speeds, and whether the tokens are the same."""
+    console.print(shown.prompt, style="dim", markup=False, highlight=False, end="")
+    console.print(shown.text, markup=False, highlight=False)
+    console.print()
+    made = shown.comparison
+    table = Table("tokens/s (median)", box=None, pad_edge=False)
+    for column in ("eager", "moecc", "ratio"):
+        table.add_column(column, justify="right")
+    prompt, new = made.moecc[0].prompt, len(made.moecc[0].tokens)
+    rows = ((f"prefill of {prompt}", "prefill_rate"), (f"decode of {new}", "decode_rate"))
+    for label, rate in rows:
+        eager, moecc = made.median("eager", rate), made.median("moecc", rate)
+        table.add_row(label, f"{eager:.1f}", f"{moecc:.1f}", f"{moecc / eager:.2f}x")
+    console.print(table)
+    same = "the same tokens" if made.same_tokens else "DIFFERENT tokens"
+    blocks = max((len(graph.blocks) for graph in shown.report.graphs), default=0)
+    console.print(
+        f"{same} both ways · {blocks} MoE blocks compiled · "
+        f"first run with compilation {made.compile_seconds:.0f} s",
+        highlight=False,
+    )
+
+
+def _check_length(loaded: Loaded, length: int) -> None:
+    limit = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
+    if limit is not None and length > int(limit):
+        raise ModelError(
+            f"prompt and new tokens are {length} together and {loaded.name!r} takes {limit}; "
+            "shorten the prompt or lower -n"
+        )

@@ -1,0 +1,146 @@
+"""Generate text with a transformers model, plain and compiled, and time both."""
+
+import statistics
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from moecc import transformers_experts
+from moecc.passes.options import Options
+
+Progress = Callable[[int, float], None]
+"""Called after each new token with the count so far and seconds since the prompt went in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """One generation."""
+
+    tokens: tuple[int, ...]
+    """The new ones."""
+    prompt: int
+    prefill_seconds: float
+    decode_seconds: float
+    """From the first new token to the last."""
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second after the first."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class _Clock:
+    """A streamer (transformers' protocol) that notes when each token came."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.times: list[float] = []
+        self._progress = progress
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(perf_counter())
+        if self._progress and len(self.times) > 1:
+            self._progress(len(self.times) - 1, self.times[-1] - self.times[0])
+
+    def end(self) -> None:
+        pass
+
+
+def generate(
+    model: Any, prompt: torch.Tensor, new_tokens: int, progress: Progress | None = None
+) -> Timing:
+    """Generate greedily from `prompt` [1, T], exactly `new_tokens` of them."""
+    clock = _Clock(progress)
+    out: torch.Tensor = model.generate(
+        prompt,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=clock,
+        pad_token_id=0,
+    )
+    first, *rest = clock.times[1:]
+    return Timing(
+        tokens=tuple(cast(list[int], out[0, prompt.shape[1] :].tolist())),
+        prompt=prompt.shape[1],
+        prefill_seconds=first - clock.times[0],
+        decode_seconds=(rest[-1] if rest else first) - first,
+    )
+
+
+@contextmanager
+def compiled(model: nn.Module, options: dict[str, Any]) -> Generator[None]:
+    """Run a model through moecc inside, as it was outside.
+
+    Compiles `model.forward`, which is what `generate` calls in prefill and in decode.
+    """
+    own = model.forward
+    chosen = Options.parse(options)
+    if not hasattr(model, _COMPILED):
+        setattr(model, _COMPILED, torch.compile(own, backend="moecc", options=options or None))
+    transformers_experts.adopt(model, chosen)
+    model.forward = getattr(model, _COMPILED)
+    try:
+        yield
+    finally:
+        del model.forward
+        transformers_experts.release(model)
+
+
+_COMPILED = "_moecc_compiled_forward"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The same text, generated plainly and through moecc, alternating."""
+
+    eager: tuple[Timing, ...]
+    moecc: tuple[Timing, ...]
+    compile_seconds: float
+    """The first generation through moecc, which compiles."""
+
+    @property
+    def same_tokens(self) -> bool:
+        """Every generation gave the same tokens."""
+        return len({timing.tokens for timing in (*self.eager, *self.moecc)}) == 1
+
+    def median(self, contender: str, rate: str) -> float:
+        """Median `prefill_rate` or `decode_rate` of `eager` or `moecc`, tokens a second."""
+        timings: tuple[Timing, ...] = getattr(self, contender)
+        return statistics.median(getattr(timing, rate) for timing in timings)
+
+
+def compare(
+    model: nn.Module,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    options: dict[str, Any],
+    rounds: int = 3,
+    progress: Callable[[str], Progress] | None = None,
+) -> Comparison:
+    """Generate `rounds` times each way, alternating, after one warm-up of each."""
+
+    def watch(what: str) -> Progress | None:
+        return progress(what) if progress else None
+
+    generate(model, prompt, new_tokens, watch("warming up"))
+    start = perf_counter()
+    with compiled(model, options):
+        generate(model, prompt, new_tokens, watch("compiling"))
+    compile_seconds = perf_counter() - start
+    eager: list[Timing] = []
+    moecc: list[Timing] = []
+    for number in range(1, rounds + 1):
+        eager.append(generate(model, prompt, new_tokens, watch(f"eager {number}/{rounds}")))
+        with compiled(model, options):
+            moecc.append(generate(model, prompt, new_tokens, watch(f"moecc {number}/{rounds}")))
+    return Comparison(eager=tuple(eager), moecc=tuple(moecc), compile_seconds=compile_seconds)
