@@ -8,20 +8,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moecc.backend import moecc as backend
     from moecc.passes.options import Options
-    from moecc.report import Report, report
+    from moecc.reporting import Report, report
     from moecc.runtime.errors import MoeccError
 
 __version__ = "0.1.0"
-__all__ = ["MoeccError", "Options", "Report", "backend", "report"]
+__all__ = ["MoeccError", "Options", "Report", "report"]
 
 _HOMES = {
     "MoeccError": ("moecc.runtime.errors", "MoeccError"),
     "Options": ("moecc.passes.options", "Options"),
-    "Report": ("moecc.report", "Report"),
-    "backend": ("moecc.backend", "moecc"),
-    "report": ("moecc.report", "report"),
+    "Report": ("moecc.reporting", "Report"),
+    "report": ("moecc.reporting", "report"),
 }
 
 

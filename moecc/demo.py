@@ -11,7 +11,7 @@ from rich.table import Table
 from moecc.generate import Comparison, compare
 from moecc.generate import Progress as Watch
 from moecc.models import Loaded, load_model
-from moecc.report import Report, report
+from moecc.reporting import Report, report
 from moecc.runtime.errors import ModelError
 
 

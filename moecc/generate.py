@@ -81,12 +81,17 @@ def generate(
 def compiled(model: nn.Module, options: dict[str, Any]) -> Generator[None]:
     """Run a model through moecc inside, as it was outside.
 
-    Compiles `model.forward`, which is what `generate` calls in prefill and in decode.
+    Compiles `model.forward`, which is what `generate` calls in prefill and in decode; dynamic
+    shapes, so that two graphs serve every prompt length.
     """
     own = model.forward
     chosen = Options.parse(options)
     if not hasattr(model, _COMPILED):
-        setattr(model, _COMPILED, torch.compile(own, backend="moecc", options=options or None))
+        setattr(
+            model,
+            _COMPILED,
+            torch.compile(own, backend="moecc", dynamic=True, options=options or None),
+        )
     transformers_experts.adopt(model, chosen)
     model.forward = getattr(model, _COMPILED)
     try:

@@ -14,7 +14,7 @@ from moecc.passes.pipeline import PIPELINE
 from moecc.passes.text import graph_diff
 from moecc.records import Record, all_records
 from moecc.render import print_graph
-from moecc.report import graph_report
+from moecc.reporting import graph_report
 from moecc.runtime.errors import ModelError, OptionError
 
 

@@ -49,6 +49,7 @@ def _from_checkpoint(name: str, dtype: str) -> Loaded:
         raise MissingExtra(
             "checkpoints need transformers: pip install moecc[transformers]"
         ) from error
+    transformers.utils.logging.disable_progress_bar()
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moecc.report import GraphReport, Report
+from moecc.reporting import GraphReport, Report
 
 WIDTH = 110
 

@@ -25,6 +25,7 @@ from moecc.passes.options import Options
 from moecc.runtime import ops
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MARK = "_moecc"
 _ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "down_proj")
 
 
@@ -59,10 +60,13 @@ def release(model: nn.Module) -> None:
 
 
 def install(traced_by_us: Callable[[], bool], note: Callable[[str, str], None]) -> None:
-    """Put our dispatcher before `ExpertsInterface.get_interface`, once transformers is imported."""
+    """Put our dispatcher before `ExpertsInterface.get_interface`, once transformers is imported.
+
+    `traced_by_us` tells whether our backend is tracing; `note` takes what has to be reported.
+    """
     integration = sys.modules.get("transformers.integrations.moe")
     interface = getattr(integration, "ExpertsInterface", None)
-    if interface is None or hasattr(interface.get_interface, "__wrapped__"):
+    if interface is None or hasattr(interface.get_interface, _MARK):
         return
     original = interface.get_interface
 
@@ -78,20 +82,23 @@ def install(traced_by_us: Callable[[], bool], note: Callable[[str, str], None]) 
         return not why
 
     @functools.wraps(original)
-    def get_interface(self: Any, implementation: Any, default: Any) -> Any:
-        own = original(self, implementation, default)
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = original(self, *args, **kwargs)
         if not torch.compiler.is_dynamo_compiling():
             return functools.partial(_run_eager, own) if adopted else own
         if not is_ours():
             return own
 
-        def traced(module: nn.Module, hidden: Any, ids: Any, weights: Any) -> Any:
-            if _wants_grad(module, hidden) or not takes(module):
-                return own(module, hidden, ids, weights)
-            return canonical_forward(module, hidden, ids, weights)
+        def traced(
+            module: nn.Module, hidden_states: Any, top_k_index: Any, top_k_weights: Any
+        ) -> Any:
+            if _wants_grad(module, hidden_states) or not takes(module):
+                return own(module, hidden_states, top_k_index, top_k_weights)
+            return canonical_forward(module, hidden_states, top_k_index, top_k_weights)
 
         return traced
 
+    setattr(get_interface, _MARK, True)
     interface.get_interface = get_interface
 
 
@@ -137,25 +144,25 @@ def _refusal(module: Any) -> str:
 def _run_eager(
     own: Callable[..., torch.Tensor],
     module: nn.Module,
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Run adopted experts with our kernel, and everyone else's as they are."""
     road = adopted.get(module)
-    if road is None:
-        return own(module, hidden, ids, weights)
-    kernel = None if _wants_grad(module, hidden) else _kernel(module, road)
+    if road is None or torch.compiler.is_compiling() or type(hidden_states) is not torch.Tensor:
+        return own(module, hidden_states, top_k_index, top_k_weights)
+    kernel = None if _wants_grad(module, hidden_states) else _kernel(module, road)
     if kernel is None:
         road.own_calls += 1
-        return own(module, hidden, ids, weights)
+        return own(module, hidden_states, top_k_index, top_k_weights)
     road.calls += 1
     ops.calls[kernel.key] += 1
     first = "gate_up_proj" if module.has_gate else "up_proj"
     return kernel.run(
-        hidden,
-        ids,
-        weights,
+        hidden_states,
+        top_k_index,
+        top_k_weights,
         getattr(module, first),
         cast(torch.Tensor, module.down_proj),
         getattr(module, f"{first}_bias", None) if module.has_bias else None,

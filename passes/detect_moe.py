@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from moecc.passes.activation import Activation, UnreadableActivation, read_activation
@@ -104,6 +105,10 @@ def _misfit(bindings: dict[str, Any], activation: Activation) -> str:
         return f"the number of experts or of choices differs between parts: {shapes}"
     if "terms" in bindings and _shape(bindings["terms"])[1:] != (ids[1], hidden[1]):
         return "the sum does not run over a token's experts"
+    for key in ("gate_up", "down"):
+        kind = type(_value(bindings[key]))
+        if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+            return f"expert weights are {kind.__name__}, which moecc does not read"
     dtypes = {_value(bindings[name]).dtype for name in ("gate_up", "down")}
     if len(dtypes) > 1 or not dtypes.issubset(_FLOATS):
         return f"expert weights are {sorted(map(str, dtypes))}, not one floating-point dtype"

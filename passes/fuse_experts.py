@@ -59,7 +59,8 @@ def _fuse(program: Program, block: MoeBlock, nodes: Mapping[str, Node]) -> MoeBl
     args = [nodes[name] if name is not None else None for name in inputs]
     hidden = nodes[block.hidden].meta["example_value"]
     with graph.inserting_before(old):
-        new = graph.call_function(torch.ops.moecc.experts.default, (*args, kernel.key))
+        target = torch.ops.moecc.experts.default
+        new = graph.create_node("call_function", target, (*args, kernel.key), name="experts")
         new.meta = dict(old.meta, example_value=hidden.new_empty(hidden.shape))
         result = new
         if old.meta["example_value"].dtype != hidden.dtype:  # the model leaves the sum wide
