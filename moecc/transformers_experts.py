@@ -75,11 +75,9 @@ def install(traced_by_us: Callable[[], bool], note: Callable[[str, str], None]) 
         return traced_by_us()
 
     @torch.compiler.assume_constant_result
-    def takes(module: nn.Module) -> bool:
-        why = _refusal(module)
-        if why:
-            note(type(module).__name__, why)
-        return not why
+    def refuse(name: str, why: str) -> bool:  # a module as argument would tie the graph to it
+        note(name, why)
+        return True
 
     @functools.wraps(original)
     def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +90,8 @@ def install(traced_by_us: Callable[[], bool], note: Callable[[str, str], None]) 
         def traced(
             module: nn.Module, hidden_states: Any, top_k_index: Any, top_k_weights: Any
         ) -> Any:
-            if _wants_grad(module, hidden_states) or not takes(module):
+            why = _refusal(module)
+            if _wants_grad(module, hidden_states) or (why and refuse(type(module).__name__, why)):
                 return own(module, hidden_states, top_k_index, top_k_weights)
             return canonical_forward(module, hidden_states, top_k_index, top_k_weights)
 
@@ -128,10 +127,8 @@ def _wants_grad(module: Any, hidden: torch.Tensor) -> bool:
 
 def _refusal(module: Any) -> str:
     """Say why a module's experts are not ours to take, or nothing."""
-    weights = (getattr(module, "gate_up_proj", None), module.down_proj)
-    for weight in weights:
-        if weight is None:
-            continue
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    for weight in (first, module.down_proj):
         if type(weight) not in (torch.Tensor, nn.Parameter):
             return f"expert weights are {type(weight).__name__}, which moecc does not read"
         if weight.dtype not in _FLOATS:
@@ -150,9 +147,10 @@ def _run_eager(
 ) -> torch.Tensor:
     """Run adopted experts with our kernel, and everyone else's as they are."""
     road = adopted.get(module)
-    if road is None or torch.compiler.is_compiling() or type(hidden_states) is not torch.Tensor:
+    if road is None or torch.compiler.is_compiling():
         return own(module, hidden_states, top_k_index, top_k_weights)
-    kernel = None if _wants_grad(module, hidden_states) else _kernel(module, road)
+    plain = type(hidden_states) is torch.Tensor and not _wants_grad(module, hidden_states)
+    kernel = _kernel(module, road) if plain else None
     if kernel is None:
         road.own_calls += 1
         return own(module, hidden_states, top_k_index, top_k_weights)

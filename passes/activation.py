@@ -50,7 +50,10 @@ def read_activation(activated: Node) -> Activation:
     reader = _Reader()
     expr = reader.read(activated)
     if len(reader.rows) != 1 or len(reader.layouts) != 1:
-        raise UnreadableActivation(activated, "it reads more than one product, or one in two ways")
+        found = ", ".join(f"{node.name} ({op_name(node)})" for node in reader.rows)
+        raise UnreadableActivation(
+            activated, f"it is not elementwise in the halves of one product: it reads {found}"
+        )
     (layout,) = reader.layouts
     return Activation(
         expr=expr,

@@ -106,7 +106,8 @@ def _misfit(bindings: dict[str, Any], activation: Activation) -> str:
     if "terms" in bindings and _shape(bindings["terms"])[1:] != (ids[1], hidden[1]):
         return "the sum does not run over a token's experts"
     for key in ("gate_up", "down"):
-        kind = type(_value(bindings[key]))
+        argument = bindings[key].meta.get("grapharg")
+        kind = type(_value(bindings[key]) if argument is None else argument.example)
         if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
             return f"expert weights are {kind.__name__}, which moecc does not read"
     dtypes = {_value(bindings[name]).dtype for name in ("gate_up", "down")}

@@ -1,0 +1,100 @@
+"""generate() takes several roads round torch.compile; all of them run our kernels."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+import moecc
+from moecc import transformers_experts
+from moecc.tiny import tiny_model
+
+OPTIONS = {"inner": "eager"}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+PROMPT = torch.arange(3, 12).unsqueeze(0)
+
+
+@pytest.fixture
+def expected() -> torch.Tensor:
+    return tiny_model("qwen3_moe").generate(PROMPT, **SETTINGS)
+
+
+def test_a_compiled_module_generates_through_its_original(expected: torch.Tensor) -> None:
+    model: Any = tiny_model("qwen3_moe")
+    compiled: Any = torch.compile(model, backend="moecc", options=OPTIONS)
+    assert torch.equal(compiled.generate(PROMPT, **SETTINGS), expected)
+    report = moecc.report(compiled)
+    assert not report.graphs, "torch 2.13 sends generate() past the compiled module"
+    assert report.eager is not None
+    assert (report.eager.calls, report.eager.own_calls) == (2 * 8, 0)
+    assert "bypassed torch.compile" in str(report)
+
+
+@pytest.mark.parametrize("road", ["module.compile", "forward"])
+def test_a_compiled_forward_generates_in_graphs(road: str, expected: torch.Tensor) -> None:
+    model: Any = tiny_model("qwen3_moe")
+    if road == "forward":
+        model.forward = torch.compile(model.forward, backend="moecc", options=OPTIONS)
+    else:
+        model.compile(backend="moecc", options=OPTIONS)
+    assert torch.equal(model.generate(PROMPT, **SETTINGS), expected)
+    report = moecc.report(model)
+    assert sum(graph.calls for graph in report.graphs) == 8
+    assert {len(graph.blocks) for graph in report.graphs} == {2}
+
+
+def test_compile_config_compiles_decode_and_prefill_uses_our_kernels_too(
+    expected: torch.Tensor,
+) -> None:
+    model: Any = tiny_model("qwen3_moe")
+    config = CompileConfig(backend="moecc", options=OPTIONS, mode=None)
+    config._compile_all_devices = True  # transformers compiles on GPUs only, unless told
+    got = model.generate(PROMPT, cache_implementation="static", compile_config=config, **SETTINGS)
+    assert torch.equal(got, expected)
+    report = moecc.report(model)
+    assert sum(graph.calls for graph in report.graphs) == 7
+    assert report.eager is not None
+    assert (report.eager.calls, report.eager.own_calls) == (2, 0)
+
+
+def test_regional_compilation_serves_all_layers_from_one_graph() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    expected = model(PROMPT).logits.detach()
+    for layer in model.model.layers:
+        layer.compile(backend="moecc", options=OPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT, use_cache=False).logits, expected)
+    (graph,) = moecc.report(model).graphs
+    assert (graph.calls, len(graph.blocks)) == (2, 1)
+
+
+def test_a_model_that_was_not_compiled_keeps_its_own_experts() -> None:
+    torch.compile(tiny_model("qwen3_moe"), backend="moecc", options=OPTIONS)
+    other: Any = tiny_model("qwen3_moe")
+    other.generate(PROMPT, **SETTINGS)
+    assert moecc.report(other).eager is None
+    assert "never compiled" in str(moecc.report(other))
+
+
+def test_a_released_model_is_its_old_self() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    torch.compile(model, backend="moecc", options=OPTIONS)
+    transformers_experts.release(model)
+    model.generate(PROMPT, **SETTINGS)
+    assert moecc.report(model).eager is None
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "muse_spark"])
+def test_the_eager_road_reads_each_activation_or_says_why_not(family: str) -> None:
+    try:
+        model: Any = tiny_model(family)
+    except Exception as error:
+        pytest.skip(f"{family} cannot be built this small: {error}")
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        torch.compile(model, backend="moecc", options=OPTIONS)
+        torch.testing.assert_close(model(PROMPT).logits, expected, rtol=1e-4, atol=1e-5)
+    eager = moecc.report(model).eager
+    assert eager is not None
+    assert eager.calls > 0 or eager.reasons
