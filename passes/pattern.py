@@ -9,7 +9,8 @@ are separated by `|`. A name bound twice must stand for the same node. A match t
 farthest point it reached, which is what the report shows as a near miss.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,8 +97,11 @@ class Match:
 
     def find(self, pattern: Any, value: Any) -> bool:
         """Match `pattern` against a node or a constant; on failure the bindings are as before."""
+        return self._or_restore(lambda: self._find(pattern, value))
+
+    def _or_restore(self, attempt: Callable[[], bool]) -> bool:
         bindings, count = dict(self.bindings), len(self.nodes)
-        if self._find(pattern, value):
+        if attempt():
             return True
         self.bindings = bindings
         del self.nodes[count:]
@@ -152,9 +156,12 @@ class Match:
         self.nodes.append(value)
         kwargs = all(self.find(inner, value.kwargs.get(key)) for key, inner in pattern.kwargs)
         return kwargs and any(
-            all(self.find(inner, arg) for inner, arg in zip(pattern.args, args, strict=False))
+            self._or_restore(functools.partial(self._find_args, pattern, args))
             for args in _orders(pattern, value)
         )
+
+    def _find_args(self, pattern: Call, args: tuple[Any, ...]) -> bool:
+        return all(self.find(inner, arg) for inner, arg in zip(pattern.args, args, strict=False))
 
 
 def _orders(pattern: Call, node: Node) -> Iterator[tuple[Any, ...]]:

@@ -26,7 +26,8 @@ def node_text(node: Node) -> str:
     """Print one node."""
     value = node.meta.get("example_value")
     made = value_text(value) if isinstance(value, torch.Tensor) else ""
-    comment = "  ".join(part for part in (made, module_path(node)) if part)
+    path = "" if node.op == "placeholder" else module_path(node)
+    comment = "  ".join(part for part in (made, path) if part)
     if node.op == "placeholder":
         line = f"{value_name(node)} = placeholder"
     elif node.op == "output":

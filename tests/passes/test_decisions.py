@@ -1,0 +1,48 @@
+"""The passes that decide and do not rewrite: quantize, schedule, prefetch."""
+
+import pytest
+
+from moecc.passes.detect_moe import detect_moe
+from moecc.passes.insert_prefetch import insert_prefetch
+from moecc.passes.ir import Program
+from moecc.passes.options import Options
+from moecc.passes.quantize_experts import quantize_experts
+from moecc.passes.schedule_offload import schedule_offload
+from tests.models import GroupedMoe, capture, tokens
+
+BYTES = 4 * 3 * 16 * 8 * 2
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return detect_moe(Program(gm=capture(GroupedMoe(), tokens(6)).gm), Options()).program
+
+
+def test_quantize_is_off_unless_asked_for(program: Program) -> None:
+    outcome = quantize_experts(program, Options())
+    assert (outcome.program, outcome.misses) == (program, ())
+
+
+def test_quantize_says_of_each_block_that_it_stays_as_it_is(program: Program) -> None:
+    outcome = quantize_experts(program, Options(quantize="int4"))
+    assert [miss.fallback for miss in outcome.misses] == [True]
+    assert "stay as they are" in outcome.misses[0].why
+
+
+@pytest.mark.parametrize(
+    ("budget", "fits"),
+    [(None, True), (BYTES, True), (BYTES - 1, False), (1.0, True), (0.5, False)],
+)
+def test_schedule_places_every_block_and_checks_the_budget(
+    program: Program, budget: int | float | None, fits: bool
+) -> None:
+    outcome = schedule_offload(program, Options(expert_memory=budget))
+    assert [placement.bytes for placement in outcome.program.placements] == [BYTES]
+    assert (not outcome.misses) == fits
+    assert outcome.rewrites == 0
+
+
+def test_prefetch_has_nothing_to_fetch_for_resident_experts(program: Program) -> None:
+    outcome = insert_prefetch(program, Options())
+    assert (outcome.program, outcome.rewrites) == (program, 0)
+    assert "resident" in outcome.note
