@@ -42,9 +42,7 @@ class GroupedMoe(nn.Module):
         self.act = act
         self.to(dtype)
 
-    def product(
-        self, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
-    ) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return torch._grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
 
     def activate(self, rows: torch.Tensor) -> torch.Tensor:

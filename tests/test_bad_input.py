@@ -11,7 +11,7 @@ from moecc.records import all_records
 from moecc.runtime import ops
 from moecc.runtime.errors import InputError
 from moecc.tiny import tiny_model
-from tests.models import HIDDEN, BatchedMoe, GroupedMoe, relative_error, tokens
+from tests.models import HIDDEN, BatchedMoe, relative_error, tokens
 
 EAGER = {"inner": "eager"}
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch.fx import GraphModule
 
 import moecc

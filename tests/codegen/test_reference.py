@@ -1,0 +1,68 @@
+"""The torch definition against the formula, written out."""
+
+import pytest
+import torch
+
+from moecc.codegen.activation import GATE, UP, X, apply, evaluate
+from moecc.codegen.reference import emit, split_gate_up
+from moecc.codegen.spec import KernelSpec
+
+SILU = apply("mul", apply("silu", GATE), UP)
+T, K, E, H, I = 7, 2, 5, 12, 6
+
+
+def spec(**changes: object) -> KernelSpec:
+    base: dict[str, object] = {
+        "hidden": H, "intermediate": I, "experts": E, "dtype": torch.float64, "activation": SILU,
+        "gated": True, "interleaved": False, "transposed": False, "bias": False, "device": "cpu",
+    }  # fmt: skip
+    return KernelSpec(**base | changes)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_the_formula(gated: bool, interleaved: bool, transposed: bool, bias: bool) -> None:
+    one = spec(
+        gated=gated, interleaved=interleaved and gated, transposed=transposed, bias=bias,
+        activation=SILU if gated else apply("square", apply("relu", X)),
+    )  # fmt: skip
+    hidden, ids = torch.randn(T, H).double(), torch.randint(0, E, (T, K))
+    weights = torch.rand(T, K).double()
+    gate_up = torch.randn(E, one.rows, H).double()
+    down = torch.randn(E, H, I).double()
+    biases = (
+        (torch.randn(E, one.rows).double(), torch.randn(E, H).double()) if bias else (None, None)
+    )
+    expected = torch.zeros(T, H).double()
+    for t in range(T):
+        for k in range(K):
+            e = ids[t, k]
+            rows = gate_up[e] @ hidden[t] + (biases[0][e] if bias else 0)
+            out = down[e] @ evaluate(one.activation, **split_gate_up(rows, one))
+            expected[t] += weights[t, k] * (out + (biases[1][e] if bias else 0))
+    if transposed:
+        gate_up, down = (w.transpose(1, 2).contiguous() for w in (gate_up, down))
+    got = emit(one).run(hidden, ids, weights, gate_up, down, *biases)
+    torch.testing.assert_close(got, expected)
+
+
+def test_equal_specs_have_equal_keys_and_different_ones_do_not() -> None:
+    assert spec().key == spec().key
+    changes = [{"interleaved": True}, {"transposed": True}, {"bias": True}, {"hidden": 13},
+               {"dtype": torch.float16}, {"activation": GATE}, {"device": "cuda"}]  # fmt: skip
+    assert len({spec().key, *(spec(**change).key for change in changes)}) == len(changes) + 1
+
+
+def test_the_experts_operator_passes_torchs_own_checks() -> None:
+    from moecc.runtime import ops
+
+    kernel = emit(spec(dtype=torch.float32))
+    ops.install(kernel.key, kernel.run)
+    args = (
+        torch.randn(T, H), torch.randint(0, E, (T, K)), torch.rand(T, K),
+        torch.randn(E, 2 * I, H), torch.randn(E, H, I), None, None, kernel.key,
+    )  # fmt: skip
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.moecc.experts.default, args, test_utils=checks)

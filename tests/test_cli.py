@@ -1,0 +1,104 @@
+"""The command line as a person uses it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moecc import cli
+
+FACTORY = """
+import torch
+from torch import nn
+from tests.models import Dense, GroupedMoe
+
+def moe():
+    return GroupedMoe(), (torch.randn(6, 16, dtype=torch.bfloat16),)
+
+def dense():
+    return Dense(), [torch.randn(4, 16)]
+
+def nothing():
+    return 3
+"""
+
+
+def run(*args: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, args)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> str:
+    file = tmp_path / "factory.py"
+    file.write_text(FACTORY)
+    return str(file)
+
+
+def test_passes_shows_the_table_of_a_model_type() -> None:
+    status, text = run("passes", "qwen3_moe")
+    assert status == 0
+    for word in ("detect_moe", "fuse_experts", "lower", "layers.1.mlp", "native: mul(silu"):
+        assert word in text
+
+
+def test_passes_prints_json() -> None:
+    status, text = run("passes", "mixtral", "--json")
+    graph = json.loads(text)["graphs"][0]
+    assert status == 0
+    assert graph["passes"][0]["name"] == "detect_moe"
+    assert len(graph["blocks"]) == 2
+
+
+def test_passes_takes_a_factory_and_shows_a_diff(factory: str) -> None:
+    status, text = run("passes", f"{factory}:moe", "--diff", "fuse_experts")
+    assert status == 0
+    assert "+%experts = moecc.experts(" in text
+    assert "-%sort = sort(" in text
+
+
+def test_passes_dumps_graphs_and_kernels(factory: str, tmp_path: Path) -> None:
+    assert run("passes", f"{factory}:moe", "--dump", str(tmp_path / "out"))[0] == 0
+    names = {file.name for file in (tmp_path / "out" / "graph0").iterdir()}
+    assert {"01_detect_moe.before.txt", "06_lower.after.txt", "kernel0.txt"} <= names
+
+
+def test_a_model_without_blocks_is_a_problem(factory: str) -> None:
+    status, text = run("passes", f"{factory}:dense")
+    assert status == 1
+    assert "no MoE block found" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("passes", "no_such_type"), "no model type"),
+        (("passes", "nowhere.py:make"), "there is no file"),
+        (("passes", "{factory}:gone"), "has no 'gone'"),
+        (("passes", "{factory}:nothing"), "returned a int"),
+        (("passes", "{factory}:moe", "--diff", "polish"), "is not a pass"),
+        (("passes", "{factory}:moe", "--kernels", "cuda"), "'kernels' is 'cuda'"),
+        (("passes", "qwen3_moe", "--dtype", "int3"), "int3"),
+        (("run", "qwen3_moe", "-p", "x"), "has no tokenizer"),
+        (("run", "no/such-checkpoint", "-p", "x"), "cannot load"),
+    ],
+)
+def test_wrong_use_is_status_2_and_says_what_to_do(
+    args: tuple[str, ...],
+    message: str,
+    factory: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["moecc", *(arg.format(factory=factory) for arg in args)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_run_needs_a_prompt() -> None:
+    assert run("run", "qwen3_moe")[0] == 2
