@@ -8,7 +8,7 @@ from moecc.codegen.reference import emit, split_gate_up
 from moecc.codegen.spec import KernelSpec
 
 SILU = apply("mul", apply("silu", GATE), UP)
-T, K, E, H, I = 7, 2, 5, 12, 6
+T, K, E, H, I = 7, 2, 5, 12, 6  # noqa: E741
 
 
 def spec(**changes: object) -> KernelSpec:

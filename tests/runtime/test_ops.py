@@ -3,13 +3,13 @@ import torch
 
 from moecc.runtime import ops
 
-T, K, E, H, O = 5, 2, 3, 4, 6
+T, K, E, H, OUT = 5, 2, 3, 4, 6
 
 
 @pytest.fixture
 def tensors() -> tuple[torch.Tensor, ...]:
     ids = torch.randint(0, E, (T, K))
-    return torch.randn(T, H), ids, torch.randn(E, O, H), torch.randn(E, O)
+    return torch.randn(T, H), ids, torch.randn(E, OUT, H), torch.randn(E, OUT)
 
 
 def test_expert_linear_is_one_product_for_each_choice(tensors: tuple[torch.Tensor, ...]) -> None:

@@ -1,0 +1,44 @@
+# Set-up happens by itself: every target that needs the environment makes it first.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= In the beginning
+
+.PHONY: help setup run test lint check bless bench gpu clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/moecc: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+setup: $(BIN)/moecc ## Make .venv with everything (TORCH=torch==... picks the build)
+
+run: $(BIN)/moecc ## Generate text with the shipped model, beside transformers eager
+	$(BIN)/moecc run benchmarks/reference --prompt "$(PROMPT)"
+
+test: $(BIN)/moecc ## Run the tests
+	$(BIN)/pytest
+
+lint: $(BIN)/moecc ## Check format, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test ## Everything that has to be green before a commit
+
+bless: $(BIN)/moecc ## Rewrite the golden files; review the diff
+	$(BIN)/pytest tests/passes --bless
+
+bench: $(BIN)/moecc ## Time one MoE layer beside transformers
+	$(BIN)/python -m benchmarks.layer
+
+gpu: $(BIN)/moecc ## Run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+clean: ## Remove the environment and build leftovers
+	rm -rf $(VENV) build dist *.egg-info
