@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moecc.codegen.spec import KernelSpec
-from moecc.codegen.triton_emitter import Launch, plan_launches
+from moecc.codegen.triton_launches import Launch, plan_launches
 from moecc.runtime.errors import OptionError
 
 SHARED_LIMIT: Mapping[str, int] = {
@@ -34,6 +34,7 @@ SHARED_LIMIT: Mapping[str, int] = {
 Triton checks this when it loads a kernel, not when it compiles one."""
 
 _TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TELLING = ("64", "128", "NAN")
 _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)")
 
@@ -144,11 +145,9 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _instructions(cubin: bytes) -> dict[str, int]:
-    """Count opcodes; vector loads and stores are counted by width too (`LDG.128`)."""
+    """Count opcodes, and again with the modifiers that change what they mean: `LDG.128`."""
     counts: collections.Counter[str] = collections.Counter()
     for name, modifiers in _OPCODE.findall(_tool("nvdisasm", cubin, "-c")):
         counts[name] += 1
-        for width in ("64", "128"):
-            if f".{width}" in modifiers and name in ("LDG", "STG"):
-                counts[f"{name}.{width}"] += 1
+        counts.update(f"{name}.{part}" for part in modifiers.split(".") if part in _TELLING)
     return dict(counts)

@@ -75,16 +75,19 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
     """Choose the tile of a grouped kernel with `products` results (gate and up) per column.
 
     A step moves (m + n) * k weights and states for m * n * k products, so both sides should be
-    large; the accumulator, m * n floats, has to stay within 64 (float32: 32) registers a thread.
+    large. What bounds them is the accumulator: 64 registers of each thread, which every target from
+    sm_80 on compiles without spills; float32 has no tensor cores and needs the registers itself.
     """
     if spec.dtype == torch.float32:
-        n, k, num_warps, num_stages = 64 // products, 32, 4, 2
+        n, k, num_warps, num_stages = 64 // products, 32, 8 if block_m == 64 else 4, 2
     elif block_m == 128:
         n, k, num_warps, num_stages = 128 // products, 64, 8, 3
     elif block_m == 64:
         n, k, num_warps, num_stages = 128 // products, 64, 4, 3
     else:
         n, k, num_warps, num_stages = 128 // products, 64, 4, 4
+    if columns % 8 or depth % 8:
+        n, k = n // 2, 32  # not aligned to 16 bytes: every element is a load and needs an address
     return Tile(
         m=block_m,
         n=min(n, max(16, power_of_two(columns))),
@@ -97,13 +100,14 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
 def decode_tile(spec: KernelSpec, columns: int, depth: int) -> Tile:
     """Choose the tile of a decode kernel.
 
-    4096 weights a step and program: as many reads in flight as registers hold, while two matrices
-    of usual size still make a few programs for every SM. The longer side lies along memory.
+    4096 weights a step: 16 for each thread, 32 with gates and ups, all read before the first is
+    used. That many reads in flight hide the latency, and matrices of usual size still make a few
+    programs for every SM. The longer side lies along memory.
     """
     n, k = (32, 128) if spec.transposed else (4, 1024)
     return Tile(
         m=1,
         n=min(n, power_of_two(columns)),
         k=min(k, power_of_two(depth)),
-        num_warps=4,
+        num_warps=8,
     )

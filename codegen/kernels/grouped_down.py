@@ -1,0 +1,69 @@
+"""Multiply inner[T*K, I] by every expert's second matrix: terms[T*K, H], one row an assignment.
+
+The rows of `inner` lie sorted by expert; the epilogue scales each by its routing weight and stores
+it at its assignment, so that `reduce_terms` adds the K terms of a token in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def grouped_down(
+    inner_ptr,  # [T*K, I] in the order of `order`
+    weight_ptr,  # [E, H, I], or [E, I, H] if TRANSPOSED
+    bias_ptr,  # [E, H] or None
+    weights_ptr,  # [T*K] routing weights
+    order_ptr,  # [T*K], see routing
+    tiles_ptr,  # [num_tiles, 3]
+    terms_ptr,  # [T*K, H], written where the expert exists
+    num_tiles,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of terms
+    BLOCK_K: tl.constexpr,
+):
+    """Compute one BLOCK_M x BLOCK_N tile of terms."""
+    NUM_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    STRIDE_N: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
+    STRIDE_K: tl.constexpr = HIDDEN if TRANSPOSED else 1
+
+    program = tl.program_id(0)
+    tile, column = tl.swizzle2d(program // NUM_N, program % NUM_N, num_tiles, NUM_N, 8)
+    expert = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    if expert < 0:
+        return
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    end = tl.load(tiles_ptr + 3 * tile + 2)
+
+    position = first + tl.arange(0, BLOCK_M)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
+    w_ptrs = weight_ptr + expert * (HIDDEN * INTERMEDIATE)
+    w_ptrs += n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
+    in_rows, in_n = position < end, n < HIDDEN
+
+    out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, INTERMEDIATE, BLOCK_K):
+        x_mask, w_mask = in_rows[:, None], in_n[None, :]
+        if INTERMEDIATE % BLOCK_K != 0:
+            x_mask &= (k < INTERMEDIATE - start)[None, :]
+            w_mask &= (k < INTERMEDIATE - start)[:, None]
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        out = tl.dot(x, w, out, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * STRIDE_K
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + expert * HIDDEN + n, mask=in_n, other=0.0)
+        out += bias.to(tl.float32)[None, :]
+    assignment = tl.load(order_ptr + position, mask=in_rows, other=0)
+    weight = tl.load(weights_ptr + assignment, mask=in_rows, other=0.0).to(tl.float32)
+    out *= weight[:, None]
+    out_ptrs = terms_ptr + assignment.to(tl.int64)[:, None] * HIDDEN + n[None, :]
+    mask = in_rows[:, None] & in_n[None, :]
+    tl.store(out_ptrs, out.to(terms_ptr.dtype.element_ty), mask=mask)

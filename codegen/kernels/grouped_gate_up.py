@@ -1,0 +1,94 @@
+"""Multiply every expert's rows by its first matrix and apply the activation: inner[T*K, I].
+
+A program makes one tile of `inner`. It gathers its rows of `hidden` in the load, computes gates and
+ups from the same rows (so they are read once and the activation stays in registers), and stores the
+result in sorted order, which makes the second product's rows contiguous.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["active", "num_tiles"])
+def grouped_gate_up(
+    hidden_ptr,  # [T, H]
+    weight_ptr,  # [E, R, H], or [E, H, R] if TRANSPOSED; R = 2I if GATED else I
+    bias_ptr,  # [E, R] or None
+    order_ptr,  # [T*K], see routing
+    tiles_ptr,  # [num_tiles, 3]
+    inner_ptr,  # [T*K, I] in the order of `order`, written
+    active,  # K
+    num_tiles,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # (gate, up) -> value, or (x) -> value if not GATED
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of inner
+    BLOCK_K: tl.constexpr,
+):
+    """Compute one BLOCK_M x BLOCK_N tile of inner."""
+    NUM_N: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    ROWS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+    STRIDE_N: tl.constexpr = 1 if TRANSPOSED else HIDDEN
+    STRIDE_K: tl.constexpr = ROWS if TRANSPOSED else 1
+    # Gates and ups that alternate are one product twice as wide, split in the end. Those in two
+    # halves are two products.
+    HALVES: tl.constexpr = GATED and not INTERLEAVED
+    WIDTH: tl.constexpr = 2 if GATED and INTERLEAVED else 1
+
+    # Eight row tiles by all columns at a time: neighbours find their weights in L2.
+    program = tl.program_id(0)
+    tile, column = tl.swizzle2d(program // NUM_N, program % NUM_N, num_tiles, NUM_N, 8)
+    expert = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    if expert < 0:
+        return
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    end = tl.load(tiles_ptr + 3 * tile + 2)
+
+    position = first + tl.arange(0, BLOCK_M)
+    token = tl.load(order_ptr + position, mask=position < end, other=0) // active
+    n = column * BLOCK_N * WIDTH + tl.arange(0, BLOCK_N * WIDTH)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
+    w_ptrs = weight_ptr + expert * (ROWS * HIDDEN)
+    w_ptrs += n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
+    UP: tl.constexpr = INTERMEDIATE * STRIDE_N
+    in_rows, in_n = position < end, n < INTERMEDIATE * WIDTH
+
+    gate = tl.zeros((BLOCK_M, BLOCK_N * WIDTH), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N * WIDTH), dtype=tl.float32)
+    for start in range(0, HIDDEN, BLOCK_K):
+        x_mask, w_mask = in_rows[:, None], in_n[None, :]
+        if HIDDEN % BLOCK_K != 0:
+            x_mask &= (k < HIDDEN - start)[None, :]
+            w_mask &= (k < HIDDEN - start)[:, None]
+        w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(w.dtype)
+        gate = tl.dot(x, w, gate, input_precision="ieee")
+        if HALVES:
+            w = tl.load(w_ptrs + UP, mask=w_mask, other=0.0)
+            up = tl.dot(x, w, up, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * STRIDE_K
+
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert * ROWS + n
+        gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        if HALVES:
+            bias = tl.load(bias_ptrs + INTERMEDIATE, mask=in_n, other=0.0)
+            up += bias.to(tl.float32)[None, :]
+    if HALVES:
+        inner = ACTIVATION(gate, up)
+    elif GATED:
+        gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
+        inner = ACTIVATION(gate, up)
+    else:
+        inner = ACTIVATION(gate)
+
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
+    mask = in_rows[:, None] & (n < INTERMEDIATE)[None, :]
+    tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,7 @@
+"""Write a block's experts as C++17, build them with the user's compiler and call them.
+
+    spec ──emit.py──▶ source ──build.py──▶ shared library ──ctypes──▶ Kernel
+
+`experts.cpp` is the layer, `dot.h` and `axpy.h` the two matrix products (weights stored
+output-major and input-major), `math.h` the activations, `vec.h` the vector layer under them.
+"""

@@ -1,0 +1,209 @@
+"""Write a spec's experts as C++, and bind the built library to the kernel's signature.
+
+One source serves every block with the same dtype, activation and layout: H, I, E, T, K and the
+strides of the weights are arguments.
+
+What holds for results: they do not depend on the number of threads, nor on which or how many other
+tokens share the batch (a token's row is bit-identical for every T). Sums are float32; the weighted
+sum adds experts in ascending order. Where the CPU has bf16 dot products, a bf16 block's activated
+values are rounded to bf16 before the second product, as eager torch does; elsewhere they stay
+float32.
+"""
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+import torch
+
+from moecc.codegen.activation import OPERATIONS, Expr, render
+from moecc.codegen.native.build import load
+from moecc.codegen.spec import Kernel, KernelSpec
+from moecc.runtime.errors import InputError, UnsupportedSpec
+
+_WEIGHT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_RENAMED = {
+    "abs": "absolute",
+    "exp": "exp_",
+    "max": "maximum",
+    "min": "minimum",
+    "neg": "negate",
+    "tanh": "tanh_",
+}
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_TABLE = (
+    {op: f"{_RENAMED.get(op, op)}({{0}})" for op, operands in OPERATIONS.items() if operands == 1}
+    | {op: f"{_RENAMED[op]}({{0}}, {{1}})" for op in ("max", "min")}
+    | {op: f"({{0}} {sign} {{1}})" for op, sign in _INFIX.items()}
+    | {"gate": "gate", "up": "up", "x": "gate", "constant": "splat(float({0}))"}
+)
+
+
+class _Layer(ctypes.Structure):
+    """The arguments of `moecc_experts`; the order of `struct Layer` in experts.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "first", "second")),
+        *((name, ctypes.c_void_p) for name in ("first_bias", "second_bias", "out")),
+        *((name, ctypes.c_int64) for name in "TKHIE"),
+        *((f"{which}_{what}", ctypes.c_int64) for which in ("first", "second")
+          for what in ("expert", "row")),
+        ("out_float", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+def emit(spec: KernelSpec) -> Kernel:
+    """Write and build the kernel of `spec`.
+
+    Raises `UnsupportedSpec` for a dtype or device that this emitter does not write, `NoCompiler`
+    (an `UnsupportedSpec`) when nothing can build it, `BuildError` when the build fails.
+    """
+    source = write(spec)
+    function = _load(source)
+    shapes = _shapes(spec)
+
+    def run(
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        _check_routing(spec, hidden, ids, weights)
+        _check_weight("gate_up", gate_up, spec, shapes[0], strided=True)
+        _check_weight("down", down, spec, shapes[1], strided=True)
+        if spec.bias:
+            _check_weight("gate_up_bias", gate_up_bias, spec, shapes[2])
+            _check_weight("down_bias", down_bias, spec, shapes[3])
+            gate_up_bias, down_bias = _flat(gate_up_bias), _flat(down_bias)
+        elif gate_up_bias is not None or down_bias is not None:
+            raise InputError("a bias was given to a kernel whose spec has none")
+        x = hidden.to(spec.dtype).contiguous()
+        ids = ids.to(torch.int64).contiguous()
+        weights = weights.to(torch.float32).contiguous()
+        same = hidden.dtype == spec.dtype
+        out = torch.empty(x.shape, dtype=spec.dtype if same else torch.float32)
+        layer = _Layer(
+            x.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            gate_up.data_ptr(),
+            down.data_ptr(),
+            gate_up_bias.data_ptr() if gate_up_bias is not None else None,
+            down_bias.data_ptr() if down_bias is not None else None,
+            out.data_ptr(),
+            *ids.shape,
+            spec.hidden,
+            spec.intermediate,
+            spec.experts,
+            *gate_up.stride()[:2],
+            *down.stride()[:2],
+            out.dtype == torch.float32,
+            torch.get_num_threads(),
+        )
+        if function(ctypes.byref(layer)):
+            raise MemoryError(f"{tuple(ids.shape)} tokens and experts of {spec.key}")
+        return out if same else out.to(hidden.dtype)
+
+    return Kernel(spec=spec, emitter="native", run=run, source=source)
+
+
+def write(spec: KernelSpec) -> str:
+    """Write the C++ source of a spec; raises `UnsupportedSpec`."""
+    if spec.device != "cpu":
+        raise UnsupportedSpec(f"native kernels run on cpu, not on {spec.device!r}")
+    if spec.dtype not in _WEIGHT:
+        names = ", ".join(str(dtype) for dtype in _WEIGHT)
+        raise UnsupportedSpec(f"native kernels read {names}, not {spec.dtype}")
+    flags = ("gated", "interleaved", "transposed", "bias")
+    facts = [
+        f"// {spec.activation} {spec.dtype}",
+        f"using Weight = {_WEIGHT[spec.dtype]};",
+        *(f"constexpr bool {f.upper()} = {str(getattr(spec, f)).lower()};" for f in flags),
+        "[[maybe_unused]] constexpr double inf = __builtin_inf(), nan = __builtin_nan(\"\");",
+        _activate(spec.activation),
+    ]
+    return "\n".join([*map(_template, ("vec.h", "math.h", "dot.h", "axpy.h")), *facts,
+                      _template("experts.cpp")])
+
+
+def _activate(expr: Expr) -> str:
+    """Render the activation: `gate` is the only input of an expert that is not gated."""
+    return (
+        "static INLINE vf activate([[maybe_unused]] vf gate, [[maybe_unused]] vf up) {\n"
+        f"  return {render(expr, _TABLE)};\n}}\n"
+    )
+
+
+@functools.cache
+def _template(name: str) -> str:
+    text = (Path(__file__).parent / name).read_text()
+    return re.sub(r'#pragma once\n|#include ".*"\n', "", text)
+
+
+@functools.cache
+def _load(source: str):
+    function = load(source).moecc_experts
+    function.argtypes = [ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def _shapes(spec: KernelSpec) -> tuple[tuple[int, ...], ...]:
+    """List the shapes of gate_up, down and their biases."""
+    experts, hidden, rows = spec.experts, spec.hidden, spec.rows
+    first, second = (experts, rows, hidden), (experts, hidden, spec.intermediate)
+    if spec.transposed:
+        first, second = (experts, hidden, rows), (experts, spec.intermediate, hidden)
+    return first, second, (experts, rows), (experts, hidden)
+
+
+def _check_routing(
+    spec: KernelSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Raise `InputError` unless the tensors that change with every call fit the spec."""
+    for name, tensor in (("hidden", hidden), ("ids", ids), ("weights", weights)):
+        if tensor.device.type != "cpu" or tensor.dim() != 2:
+            raise _misfit(name, tensor, "two dimensions on cpu")
+    if hidden.shape[1] != spec.hidden:
+        raise _misfit("hidden", hidden, f"[T, {spec.hidden}]")
+    if ids.shape[0] != hidden.shape[0]:
+        raise _misfit("ids", ids, f"[{hidden.shape[0]}, K], one row for each of hidden")
+    if weights.shape != ids.shape:
+        raise _misfit("weights", weights, f"{[*ids.shape]}, as ids")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise _misfit("ids", ids, "integers")
+    for name, tensor in (("hidden", hidden), ("weights", weights)):
+        if not tensor.is_floating_point():
+            raise _misfit(name, tensor, "floating point")
+
+
+def _check_weight(
+    name: str,
+    tensor: torch.Tensor | None,
+    spec: KernelSpec,
+    shape: tuple[int, ...],
+    *,
+    strided: bool = False,
+) -> None:
+    """Raise `InputError` unless a tensor of the layer fits the spec."""
+    expected = f"{spec.dtype} {[*shape]} on cpu"
+    if tensor is None:
+        raise InputError(f"{name} is missing; expected {expected}")
+    if tensor.shape != shape or tensor.dtype != spec.dtype or tensor.device.type != "cpu":
+        raise _misfit(name, tensor, expected)
+    if strided and tensor.stride(-1) != 1 and shape[-1] != 1:
+        raise _misfit(name, tensor, "its last dimension contiguous (stride 1); call .contiguous()")
+
+
+def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _misfit(name: str, tensor: torch.Tensor, expected: str) -> InputError:
+    found = f"{tensor.dtype} {[*tensor.shape]} with strides {[*tensor.stride()]} on {tensor.device}"
+    return InputError(f"{name} is {found}; expected {expected}")

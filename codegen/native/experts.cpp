@@ -1,0 +1,238 @@
+// One MoE layer: route, first product and activation, second product and weighted sum.
+// What is fixed when the source is emitted stands above: Weight, GATED, INTERLEAVED, TRANSPOSED,
+// BIAS and activate(). Shapes, strides and the number of threads are arguments.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+using Product = std::conditional_t<TRANSPOSED, Axpy<Weight>, Dot<Weight>>;
+using Input = Product::Input;
+
+constexpr int CHUNK = 48;  // tokens of one expert that are computed together
+constexpr int PANEL = Product::PANEL;
+constexpr int OUTPUTS = GATED ? PANEL / 2 : PANEL;  // intermediate values a task makes
+constexpr int LENGTH = Product::LENGTH;
+static_assert(OUTPUTS % LENGTH == 0 && OUTPUTS % LANES == 0);
+
+struct Layer {
+  const Weight* hidden;       // [T, H]
+  const int64_t* ids;         // [T, K]
+  const float* weights;       // [T, K]
+  const Weight* first;        // [E, rows, H], or [E, H, rows] when transposed
+  const Weight* second;       // [E, H, I], or [E, I, H]
+  const Weight* first_bias;   // [E, rows]
+  const Weight* second_bias;  // [E, H]
+  void* out;                  // [T, H] of Weight, or of float
+  int64_t T, K, H, I, E;
+  int64_t first_expert, first_row, second_expert, second_row;  // strides, in elements
+  int64_t out_float;
+  int64_t threads;
+};
+
+// The (token, slot) pairs of each active expert, experts ascending, tokens ascending.
+struct Routing {
+  std::vector<int64_t> expert;  // of each active expert
+  std::vector<int64_t> begin;   // its first pair; one more entry at the end
+  std::vector<int64_t> token;   // of each pair
+  std::vector<float> weight;
+
+  explicit Routing(const Layer& layer) {
+    std::vector<int64_t> fill(layer.E, 0);
+    int64_t slots = layer.T * layer.K, pairs = 0;
+    auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(layer.E); };
+    for (int64_t s = 0; s < slots; ++s)
+      if (valid(layer.ids[s])) ++fill[layer.ids[s]];
+    for (int64_t e = 0; e < layer.E; ++e) {
+      if (!fill[e]) continue;
+      expert.push_back(e);
+      begin.push_back(pairs);
+      pairs += std::exchange(fill[e], pairs);
+    }
+    begin.push_back(pairs);
+    token.resize(pairs);
+    weight.resize(pairs);
+    for (int64_t s = 0; s < slots; ++s) {
+      if (!valid(layer.ids[s])) continue;
+      int64_t pair = fill[layer.ids[s]]++;
+      token[pair] = s / layer.K;
+      weight[pair] = layer.weights[s];
+    }
+  }
+};
+
+// The length of a packed row: whole lines, and an odd number of them, so that the rows of a tile
+// do not all fall into the same few sets of L1.
+static int64_t packed_row(int64_t length) {
+  return ((length + LENGTH - 1) / LENGTH | 1) * LENGTH;
+}
+
+template <class T>
+struct Scratch {
+  explicit Scratch(int64_t count)
+      : memory(static_cast<T*>(::operator new(count * sizeof(T) + 64, std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(memory, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* memory;
+};
+
+// Copy one row of hidden states into the product's order, padded with zeros.
+static void pack_row(const Weight* row, int64_t length, Input* packed) {
+  for (int64_t k = 0; k < length; k += LENGTH) {
+    alignas(64) float line[LENGTH] = {};
+    for (int64_t i = k; i < length && i < k + LENGTH; ++i) line[i - k] = widen1(row[i]);
+    Product::pack(line, packed + k);
+  }
+}
+
+// Apply the bias and the activation to one token's first products, and pack the result.
+static void finish(const float* products, const Weight* bias, int64_t gap, int count,
+                   Input* packed) {
+  alignas(64) float one[OUTPUTS] = {}, two[OUTPUTS] = {}, result[OUTPUTS] = {};
+  constexpr int step = GATED && INTERLEAVED ? 2 : 1, other = INTERLEAVED ? 1 : OUTPUTS;
+  for (int i = 0; i < count; ++i) {
+    one[i] = products[i * step] + (BIAS ? widen1(bias[i * step]) : 0.f);
+    if (GATED) two[i] = products[i * step + other] + (BIAS ? widen1(bias[i * step + gap]) : 0.f);
+  }
+  for (int i = 0; i < count; i += LANES) store(result + i, activate(load(one + i), load(two + i)));
+  for (int i = count; i < OUTPUTS; ++i) result[i] = 0;
+  for (int i = 0; i < count; i += LENGTH) Product::pack(result + i, packed + i);
+}
+
+// One call: what its two phases share.
+struct Run {
+  const Layer& layer;
+  const Routing routing{layer};
+  const int64_t experts = int64_t(routing.expert.size());
+  const int64_t x_row = packed_row(layer.H), h_row = packed_row(layer.I);
+  const Scratch<Input> x{layer.T * x_row};
+  const Scratch<Input> h{routing.begin.back() * h_row};
+  const Scratch<float> own_sums{layer.out_float ? 0 : layer.T * layer.H};
+  float* const sums = layer.out_float ? static_cast<float*>(layer.out) : own_sums.memory;
+  const int64_t panels = (layer.I + OUTPUTS - 1) / OUTPUTS;  // of an expert's first product
+
+  int64_t first_tasks() const { return panels * experts; }
+  int64_t second_tasks() const { return (layer.H + PANEL - 1) / PANEL; }
+
+  // Where the weights of a task begin: what the task before it reads ahead.
+  const Weight* first_weights(int64_t task) const {
+    int64_t row = task % panels * OUTPUTS * (GATED && INTERLEAVED ? 2 : 1);
+    const Weight* expert = layer.first + routing.expert[task / panels] * layer.first_expert;
+    return Product::at(expert, layer.first_row, row);
+  }
+  const Weight* second_weights(int64_t task, int64_t active) const {
+    const Weight* expert = layer.second + routing.expert[active] * layer.second_expert;
+    return Product::at(expert, layer.second_row, task * PANEL);
+  }
+
+  void pack(int64_t token) const {
+    pack_row(layer.hidden + token * layer.H, layer.H, x.memory + token * x_row);
+  }
+
+  // OUTPUTS intermediate values of all tokens of one active expert.
+  void first(int64_t task, int64_t next_task, float* products) const {
+    int64_t active = task / panels, from = task % panels * OUTPUTS;
+    int count = int(std::min<int64_t>(OUTPUTS, layer.I - from));
+    const Weight* gate = first_weights(task);
+    const Weight* up = Product::at(gate, layer.first_row, layer.I);
+    const Weight* next = first_weights(next_task);
+    int64_t rows = GATED ? 2 * layer.I : layer.I, row = GATED && INTERLEAVED ? 2 * from : from;
+    const Weight* bias =
+        BIAS ? layer.first_bias + routing.expert[active] * rows + row : nullptr;
+    int64_t end = routing.begin[active + 1];
+    for (int64_t p = routing.begin[active]; p < end; p += CHUNK) {
+      int tokens = int(std::min<int64_t>(CHUNK, end - p));
+      const Input* inputs[CHUNK];
+      for (int t = 0; t < tokens; ++t) inputs[t] = x.memory + routing.token[p + t] * x_row;
+      const Weight* ahead = p + CHUNK < end ? gate : next;
+      auto multiply = [&](const Weight* weights, int n, const Weight* after, float* to) {
+        Product::product(weights, layer.first_row, n, after, inputs, tokens, layer.H, to, PANEL);
+      };
+      if (GATED && !INTERLEAVED) {
+        multiply(gate, count, up, products);
+        multiply(up, count, ahead, products + OUTPUTS);
+      } else {
+        multiply(gate, GATED ? 2 * count : count, ahead, products);
+      }
+      for (int t = 0; t < tokens; ++t)
+        finish(products + t * PANEL, bias, INTERLEAVED ? 1 : layer.I, count,
+               h.memory + (p + t) * h_row + from);
+    }
+  }
+
+  // PANEL outputs of all tokens; experts add to them in ascending order.
+  void second(int64_t task, int64_t next_task, float* products) const {
+    int64_t from = task * PANEL;
+    int count = int(std::min<int64_t>(PANEL, layer.H - from));
+    for (int64_t t = 0; t < layer.T; ++t)
+      memset(sums + t * layer.H + from, 0, count * sizeof(float));
+    for (int64_t a = 0; a < experts; ++a) {
+      const Weight* weights = second_weights(task, a);
+      const Weight* next =
+          a + 1 < experts ? second_weights(task, a + 1) : second_weights(next_task, 0);
+      const Weight* bias =
+          BIAS ? layer.second_bias + routing.expert[a] * layer.H + from : nullptr;
+      int64_t end = routing.begin[a + 1];
+      for (int64_t p = routing.begin[a]; p < end; p += CHUNK) {
+        int tokens = int(std::min<int64_t>(CHUNK, end - p));
+        const Input* inputs[CHUNK];
+        for (int t = 0; t < tokens; ++t) inputs[t] = h.memory + (p + t) * h_row;
+        Product::product(weights, layer.second_row, count, p + CHUNK < end ? weights : next,
+                         inputs, tokens, layer.I, products, PANEL);
+        for (int t = 0; t < tokens; ++t) {
+          float* sum = sums + routing.token[p + t] * layer.H + from;
+          float weight = routing.weight[p + t];
+          for (int r = 0; r < count; ++r)
+            sum[r] += weight * (products[t * PANEL + r] + (BIAS ? widen1(bias[r]) : 0.f));
+        }
+      }
+    }
+    if (layer.out_float) return;  // `sums` is the output
+    for (int64_t t = 0; t < layer.T; ++t) {
+      Weight* out = static_cast<Weight*>(layer.out) + t * layer.H + from;
+      for (int r = 0; r < count; ++r) out[r] = narrow<Weight>(sums[t * layer.H + from + r]);
+    }
+  }
+};
+
+// Hand out `tasks` numbers to the threads that ask, each thread knowing its next one in advance.
+template <class Task>
+static void share(std::atomic<int64_t>& counter, int64_t tasks, Task task) {
+  for (int64_t now = counter++; now < tasks;) {
+    int64_t next = counter++;
+    task(now, next < tasks ? next : now);
+    now = next;
+  }
+}
+
+static void run(const Layer& layer) {
+  const Run run{layer};
+  std::atomic<int64_t> first{0}, second{0};
+#pragma omp parallel num_threads(int(layer.threads))
+  {
+    alignas(64) float products[CHUNK * PANEL];
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < layer.T; ++t) run.pack(t);
+    share(first, run.first_tasks(),
+          [&](int64_t task, int64_t next) { run.first(task, next, products); });
+#pragma omp barrier
+    share(second, run.second_tasks(),
+          [&](int64_t task, int64_t next) { run.second(task, next, products); });
+  }
+}
+
+// Returns 0, or 1 when there is not enough memory.
+extern "C" int moecc_experts(const Layer* layer) {
+  try {
+    run(*layer);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
