@@ -21,17 +21,17 @@ def report_text(report: Report) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print a report to a terminal or a file."""
+    """Print a report to a terminal or a file: graphs, their blocks and kernels, other roads."""
     console.print(f"moecc {report.version} · torch {report.torch}")
     for note in report.notes:
         console.print(f"note: {note}")
-    for number, graph in enumerate(report.graphs):
-        console.print(f"\ngraph {number}: {graph.calls} calls")
-        print_graph(graph, console)
+    if report.graphs:
+        console.print(_graphs(report.graphs))
+        _print_found(report.graphs, console)
     if report.eager:
         eager = report.eager
         console.print(
-            f"\noutside torch.compile: {eager.modules} experts modules, {eager.calls} calls by "
+            f"outside torch.compile: {eager.modules} experts modules, {eager.calls} calls by "
             f"moecc's kernels, {eager.own_calls} by the model's own code"
         )
         _print_list(eager.kernels, console)
@@ -39,17 +39,36 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def print_graph(graph: GraphReport, console: Console) -> None:
-    """Print one graph: passes, blocks, what was left alone."""
+    """Print one graph: what each pass did, the blocks, what was left alone."""
     console.print(_passes(graph.passes))
-    if graph.blocks:
-        console.print(_blocks(graph.blocks))
-    kernels = dict.fromkeys(block["kernel"] for block in graph.blocks if block["kernel"])
-    if kernels:
+    _print_found((graph,), console)
+
+
+def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
+    """Print the blocks, kernels and misses of some graphs, each once."""
+    blocks = {block["path"]: block for graph in graphs for block in graph.blocks}
+    if blocks:
+        console.print(_blocks(tuple(blocks.values())))
         console.print("kernels")
-        _print_list(kernels, console)
-    if graph.misses:
+        _print_list(dict.fromkeys(block["kernel"] for block in blocks.values()), console)
+    misses = [f"{miss['where']}: {miss['why']}" for graph in graphs for miss in graph.misses]
+    if misses:
         console.print("left alone")
-        _print_list((f"{miss['where']}: {miss['why']}" for miss in graph.misses), console)
+        _print_list(dict.fromkeys(misses), console)
+
+
+def _graphs(graphs: Sequence[GraphReport]) -> Table:
+    table = Table("graph", box=None, pad_edge=False)
+    for name in ("calls", "MoE blocks", "rewrites", "nodes", "ms in passes"):
+        table.add_column(name, justify="right")
+    for number, graph in enumerate(graphs):
+        first, last = graph.passes[0], graph.passes[-1]
+        rewrites = sum(step["rewrites"] for step in graph.passes)
+        millis = sum(step["milliseconds"] for step in graph.passes)
+        nodes = f"{first['nodes_before']} → {last['nodes_after']}"
+        cells = (number, graph.calls, len(graph.blocks), rewrites, nodes, f"{millis:.1f}")
+        table.add_row(*map(str, cells))
+    return table
 
 
 def _passes(passes: Sequence[dict[str, Any]]) -> Table:

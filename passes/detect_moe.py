@@ -107,9 +107,9 @@ def _misfit(bindings: dict[str, Any], activation: Activation) -> str:
         return "the sum does not run over a token's experts"
     for key in ("gate_up", "down"):
         argument = bindings[key].meta.get("grapharg")
-        kind = type(_value(bindings[key]) if argument is None else argument.example)
-        if kind not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
-            return f"expert weights are {kind.__name__}, which moecc does not read"
+        value: Any = _value(bindings[key]) if argument is None else argument.example
+        if type(value) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+            return f"expert weights are {type(value).__name__}, which moecc does not read"
     dtypes = {_value(bindings[name]).dtype for name in ("gate_up", "down")}
     if len(dtypes) > 1 or not dtypes.issubset(_FLOATS):
         return f"expert weights are {sorted(map(str, dtypes))}, not one floating-point dtype"
