@@ -28,7 +28,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, str]] 
         "halves",
     ),
     "split": (
-        lambda r: r.split(WIDTH // 2, -1)[0] * r.split(WIDTH // 2, -1)[1], "mul(gate, up)", "halves",
+        lambda r: r.split(WIDTH // 2, -1)[0] * r.split(WIDTH // 2, -1)[1],
+        "mul(gate, up)",
+        "halves",
     ),
     "slices": (
         lambda r: r[..., : WIDTH // 2].sigmoid() * r[..., WIDTH // 2 :],
