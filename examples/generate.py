@@ -1,6 +1,6 @@
 """Generate text through moecc: the shortest program that does.
 
-    python examples/generate.py benchmarks/reference "In the beginning"
+python examples/generate.py benchmarks/reference "In the beginning"
 """
 
 import sys

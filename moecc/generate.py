@@ -84,20 +84,18 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Generator[None]:
     Compiles `model.forward`, which is what `generate` calls in prefill and in decode; dynamic
     shapes, so that two graphs serve every prompt length.
     """
-    own = model.forward
-    chosen = Options.parse(options)
+    before = model.__dict__.get("forward")  # accelerate and others put one on the instance
     if not hasattr(model, _COMPILED):
-        setattr(
-            model,
-            _COMPILED,
-            torch.compile(own, backend="moecc", dynamic=True, options=options or None),
-        )
-    transformers_experts.adopt(model, chosen)
+        forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
+        setattr(model, _COMPILED, forward)
+    transformers_experts.adopt(model, Options.parse(options))
     model.forward = getattr(model, _COMPILED)
     try:
         yield
     finally:
         del model.forward
+        if before is not None:
+            model.forward = before
         transformers_experts.release(model)
 
 

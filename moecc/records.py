@@ -23,7 +23,8 @@ class Record:
     placements: tuple[Any, ...]
     notes: tuple[Miss, ...]
     """What capture saw while the graph was traced."""
-    parameters: tuple[weakref.ref[torch.Tensor], ...]
+    tensors: tuple[weakref.ref[torch.Tensor], ...]
+    """What the graph was compiled with: Dynamo lifts a model's parameters and buffers to inputs."""
     calls: int = 0
 
     @staticmethod
@@ -41,9 +42,7 @@ class Record:
             lowerings=result.program.lowerings,
             placements=result.program.placements,
             notes=notes,
-            parameters=tuple(
-                weakref.ref(value) for value in inputs if isinstance(value, torch.nn.Parameter)
-            ),
+            tensors=tuple(map(weakref.ref, inputs)),
         )
         _records.append(record)
         return record
@@ -62,9 +61,9 @@ class Record:
 
         return counted
 
-    def reads(self, parameters: set[int]) -> bool:
-        """Tell whether the graph was compiled with one of these parameters, given by `id`."""
-        return any(id(parameter()) in parameters for parameter in self.parameters)
+    def reads(self, tensors: set[int]) -> bool:
+        """Tell whether the graph was compiled with one of these tensors, given by `id`."""
+        return any(id(tensor()) in tensors for tensor in self.tensors)
 
 
 _records: list[Record] = []

@@ -70,8 +70,8 @@ def report(model: nn.Module) -> Report:
     calls are counted for each adopted experts module.
     """
     model = getattr(model, "_orig_mod", model)
-    parameters = {id(parameter) for parameter in model.parameters()}
-    own = tuple(record for record in all_records() if record.reads(parameters))
+    tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    own = tuple(record for record in all_records() if record.reads(tensors))
     eager = _eager(model)
     return Report(
         version=__version__,
@@ -127,7 +127,10 @@ def _notes(records: tuple[Record, ...], eager: EagerReport | None) -> list[str]:
     elif not records and eager is not None and eager.calls:
         notes.append("no graph compiled: all calls so far bypassed torch.compile")
     elif not records:
-        notes.append("nothing compiled yet: call the model first")
+        notes.append(
+            "no graph was compiled with this model's own weights: it was not called yet, or a "
+            "graph compiled for another model of its class serves it too"
+        )
     elif not any(record.blocks for record in records):
         notes.append(_NO_BLOCK)
     if _hit_recompile_limit():

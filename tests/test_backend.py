@@ -1,7 +1,9 @@
 """The entry point, the options, and what other backends see."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,3 +150,20 @@ def test_two_models_of_one_class_share_a_graph_and_keep_their_weights() -> None:
 def test_torch_compile_modes_reach_inductor() -> None:
     f = torch.compile(lambda x: x + 1, backend="moecc", mode="reduce-overhead")
     assert f(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_the_environment_asks_for_logs_and_graphs(tmp_path: Path) -> None:
+    code = (
+        "import torch; from tests.models import GroupedMoe, tokens;"
+        "m = torch.compile(GroupedMoe(), backend='moecc', options={'inner': 'eager'});"
+        "torch.set_grad_enabled(False); m(tokens(4))"
+    )
+    asked = {"MOECC_LOG": "passes,kernels", "MOECC_DUMP": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | asked, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "moecc.passes: fuse_experts: 1 rewrites" in result.stderr
+    assert "moecc.kernels" in result.stderr
+    names = {file.name for file in (tmp_path / "graph0").iterdir()}
+    assert {"02_fuse_experts.before.txt", "02_fuse_experts.after.txt", "kernel0.txt"} <= names

@@ -1,0 +1,295 @@
+"""The native emitter: same numbers as the definition, whatever the shape, layout and batch."""
+
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moecc.codegen.activation import GATE, UP, Expr, X, apply, constant
+from moecc.codegen.native import build
+from moecc.codegen.native.emit import emit, write
+from moecc.codegen.reference import experts_torch
+from moecc.codegen.spec import KernelSpec
+from moecc.runtime.errors import BuildError, InputError, NoCompiler, UnsupportedSpec
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="native kernels are built on Linux"
+)
+
+_CLAMPED = apply("min", GATE, constant(7.0))
+_GPT_OSS = apply(
+    "mul",
+    apply("add", apply("max", apply("min", UP, constant(7.0)), constant(-7.0)), constant(1.0)),
+    apply("mul", _CLAMPED, apply("sigmoid", apply("mul", _CLAMPED, constant(1.702)))),
+)
+STYLES: dict[str, tuple[Expr, dict[str, bool]]] = {
+    "silu": (apply("mul", apply("silu", GATE), UP), {}),
+    "gpt-oss": (_GPT_OSS, {"interleaved": True, "transposed": True, "bias": True}),
+    "relu2": (apply("square", apply("relu", X)), {"gated": False}),
+    "gelu_tanh": (apply("mul", apply("gelu_tanh", GATE), UP), {"bias": True}),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 5e-4}
+
+
+def make_spec(style: str, dtype: torch.dtype, experts: int = 4, h: int = 40, i: int = 24):
+    activation, flags = STYLES[style]
+    layout = {"gated": True, "interleaved": False, "transposed": False, "bias": False} | flags
+    return KernelSpec(
+        hidden=h, intermediate=i, experts=experts, dtype=dtype, activation=activation,
+        device="cpu", **layout,
+    )  # fmt: skip
+
+
+def make_experts(spec: KernelSpec) -> list[torch.Tensor | None]:
+    first = torch.randn(spec.experts, spec.rows, spec.hidden) / spec.hidden**0.5
+    second = torch.randn(spec.experts, spec.hidden, spec.intermediate) / spec.intermediate**0.5
+    if spec.transposed:
+        first, second = first.mT.contiguous(), second.mT.contiguous()
+    biases = [None, None]
+    if spec.bias:
+        biases = [torch.randn(spec.experts, spec.rows), torch.randn(spec.experts, spec.hidden)]
+    return [t if t is None else t.to(spec.dtype) for t in (first, second, *biases)]
+
+
+def make_batch(spec: KernelSpec, tokens: int, active: int) -> tuple[torch.Tensor, ...]:
+    hidden = torch.randn(tokens, spec.hidden).to(spec.dtype)
+    weights, ids = torch.rand(tokens, spec.experts).topk(active)
+    return hidden, ids, weights / weights.sum(-1, keepdim=True)
+
+
+def definition(spec: KernelSpec, batch, experts) -> torch.Tensor:
+    hidden, ids, weights = batch
+    wide = [None if t is None else t.double() for t in experts]
+    spec = replace(spec, dtype=torch.float64)
+    return experts_torch(spec, hidden.double(), ids, weights.double(), *wide)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    assert (got.double() - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=12, deadline=None)
+@given(
+    tokens=st.integers(0, 70), experts=st.integers(1, 9), active=st.integers(1, 9),
+    h=st.integers(1, 150), i=st.integers(1, 150), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_computes_what_the_definition_says(style, dtype, tokens, experts, active, h, i, seed):
+    torch.manual_seed(seed)
+    spec = make_spec(style, dtype, experts, h, i)
+    batch, weights = make_batch(spec, tokens, min(active, experts)), make_experts(spec)
+    out = emit(spec).run(*batch, *weights)
+    assert out.shape == (tokens, h)
+    assert out.dtype == dtype
+    assert_close(out, definition(spec, batch, weights), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_token_does_not_depend_on_the_batch_or_on_the_threads(style, dtype):
+    torch.manual_seed(0)
+    spec = make_spec(style, dtype, experts=3, h=700, i=130)
+    batch, weights = make_batch(spec, 130, 2), make_experts(spec)
+    run = emit(spec).run
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = run(*batch, *weights)
+        torch.set_num_threads(1)
+        assert torch.equal(run(*batch, *weights), together)
+    finally:
+        torch.set_num_threads(before)
+    for count in (1, 2, 3, 5, 29):
+        alone = run(*(part[:count] for part in batch), *weights)
+        assert torch.equal(alone, together[:count])
+
+
+def test_an_id_outside_the_experts_contributes_nothing():
+    spec = make_spec("gpt-oss", torch.float32)
+    (hidden, ids, scores), weights = make_batch(spec, 6, 2), make_experts(spec)
+    ids[0] = torch.tensor([-1, spec.experts])
+    ids[1, 0] = 1 << 40
+    out = emit(spec).run(hidden, ids, scores, *weights)
+    assert not out[0].any()
+    assert_close(out, definition(spec, (hidden, ids, scores), weights), 1e-6)
+
+
+def test_all_tokens_may_choose_one_expert_twice():
+    spec = make_spec("silu", torch.float32)
+    hidden, _, scores = make_batch(spec, 60, 2)
+    weights, ids = make_experts(spec), torch.full((60, 2), 2)
+    out = emit(spec).run(hidden, ids, scores, *weights)
+    assert_close(out, definition(spec, (hidden, ids, scores), weights), 1e-6)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_token(style, bad):
+    spec = make_spec(style, torch.bfloat16)
+    batch, weights = make_batch(spec, 9, 2), make_experts(spec)
+    clean = emit(spec).run(*batch, *weights)
+    batch[0][4, 7] = bad
+    out = emit(spec).run(*batch, *weights)
+    assert not out[4].isfinite().all()
+    if bad != bad:
+        assert out[4].isnan().all()
+    others = [t for t in range(9) if t != 4]
+    assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("name", ["silu", "sigmoid", "tanh", "exp", "gelu", "gelu_tanh", "relu"])
+def test_an_activation_is_right_over_its_whole_range(name):
+    values = torch.cat([torch.linspace(-120, 120, 4001), torch.linspace(-1, 1, 999)])
+    values = torch.cat([values, torch.tensor([float("nan"), float("inf"), -3e38, 1e-30])])
+    spec = make_spec("relu2", torch.float32, experts=1, h=1, i=1)
+    one, first = torch.ones(1, 1, 1), torch.zeros(len(values), 1, dtype=torch.int64)
+    run = emit(replace(spec, activation=apply(name, X))).run
+    got = run(values[:, None], first, torch.ones(len(values), 1), one, one, None, None)[:, 0]
+    evaluate = {
+        "exp": torch.exp, "gelu": torch.nn.functional.gelu, "relu": torch.relu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu, "tanh": torch.tanh,
+    }  # fmt: skip
+    want = evaluate[name](values.double()).float()
+    torch.testing.assert_close(got, want, rtol=5e-7, atol=1e-7, equal_nan=True)
+
+
+def test_reads_weights_wherever_they_lie():
+    spec = make_spec("silu", torch.bfloat16, experts=3)
+    batch, (first, second, *_) = make_batch(spec, 5, 2), make_experts(spec)
+    plain = emit(spec).run(*batch, first, second, None, None)
+    apart = torch.zeros(7, spec.rows * 2, spec.hidden + 3, dtype=spec.dtype)
+    strided = apart[1::2, ::2, 3:]  # every other expert and row, from an odd element on
+    strided.copy_(first)
+    assert torch.equal(emit(spec).run(*batch, strided, second, None, None), plain)
+
+
+def test_reads_small_tensors_in_any_layout_and_dtype():
+    spec = make_spec("silu", torch.float32)
+    (hidden, ids, scores), weights = make_batch(spec, 5, 2), make_experts(spec)
+    plain = emit(spec).run(hidden, ids, scores, *weights)
+    other = emit(spec).run(
+        hidden.T.contiguous().T, ids.T.contiguous().T.int(), scores.double(), *weights
+    )
+    assert torch.equal(other, plain)
+    doubles = emit(spec).run(hidden.double(), ids, scores, *weights)
+    assert doubles.dtype == torch.float64
+    assert torch.equal(doubles, plain.double())
+
+
+def test_an_input_that_does_not_fit_is_named():
+    spec = make_spec("silu", torch.float32)
+    (hidden, ids, scores), (first, second, *_) = make_batch(spec, 5, 2), make_experts(spec)
+    run = emit(spec).run
+    with pytest.raises(InputError, match=r"gate_up is .*\[4, 40, 48\].*expected .*\[4, 48, 40\]"):
+        run(hidden, ids, scores, first.mT.contiguous(), second, None, None)
+    with pytest.raises(InputError, match=r"gate_up .*call .contiguous"):
+        run(hidden, ids, scores, first.mT.contiguous().mT, second, None, None)
+    with pytest.raises(InputError, match=r"down is torch.float16 .*expected torch.float32"):
+        run(hidden, ids, scores, first, second.half(), None, None)
+    with pytest.raises(InputError, match=r"hidden is .*\[5, 39\].*expected \[T, 40\]"):
+        run(hidden[:, 1:], ids, scores, first, second, None, None)
+    with pytest.raises(InputError, match=r"ids is torch.float32 .*expected integers"):
+        run(hidden, scores, scores, first, second, None, None)
+    with pytest.raises(InputError, match=r"weights is .*expected \[5, 2\]"):
+        run(hidden, ids, scores[:, :1], first, second, None, None)
+    with pytest.raises(InputError, match=r"hidden is .*on meta"):
+        run(hidden.to("meta"), ids, scores, first, second, None, None)
+    with pytest.raises(InputError, match="bias was given"):
+        run(hidden, ids, scores, first, second, second[:, :, 0], None)
+    biased = emit(make_spec("gelu_tanh", torch.float32)).run
+    with pytest.raises(InputError, match="gate_up_bias is missing"):
+        biased(hidden, ids, scores, first, second, None, None)
+
+
+def test_one_source_serves_every_shape():
+    assert write(make_spec("silu", torch.float32)) == write(
+        make_spec("silu", torch.float32, experts=9, h=3, i=5)
+    )
+
+
+def test_declines_what_it_cannot_write():
+    with pytest.raises(UnsupportedSpec, match="float64"):
+        emit(make_spec("silu", torch.float64))
+    with pytest.raises(UnsupportedSpec, match="'cuda'"):
+        emit(replace(make_spec("silu", torch.float32), device="cuda"))
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "moecc"
+
+
+TINY = 'extern "C" int answer() { return 42; }\n'
+
+
+def test_the_cache_is_for_its_owner_only(empty_cache):
+    assert build.load(TINY).answer() == 42
+    assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700
+    empty_cache.chmod(0o755)
+    assert build.cache_folder() == empty_cache
+    assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_is_not_ours_is_not_used(empty_cache, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    empty_cache.symlink_to(tmp_path / "elsewhere")
+    assert build.cache_folder() != empty_cache
+    assert build.load(TINY).answer() == 42
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_damaged_library_is_built_again(empty_cache):
+    library = build.build(TINY, build.find_compiler())
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    assert build.build(TINY, build.find_compiler()) == library
+    assert len(library.read_bytes()) == len(whole)
+
+
+def test_a_sound_library_is_not_built_again(empty_cache):
+    library = build.build(TINY, build.find_compiler())
+    before = library.stat().st_mtime_ns
+    build.build(TINY, build.find_compiler())
+    assert library.stat().st_mtime_ns == before
+    assert [path for path in empty_cache.iterdir() if path.is_dir()] == []
+
+
+def test_two_processes_may_build_at_once(empty_cache):
+    program = f"from moecc.codegen.native.build import load; print(load({TINY!r}).answer())"
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0] for process in running] == ["42\n", "42\n"]
+
+
+def test_no_compiler_says_what_was_tried_and_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NoCompiler, match=r"'c\+\+': not found.*clang\+\+.*apt install g\+\+"):
+        build.load(TINY)
+
+
+def test_a_compiler_that_does_not_work_is_no_compiler(monkeypatch, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho 'error: out of ink' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(NoCompiler, match="out of ink"):
+        build.find_compiler()
+
+
+def test_source_that_does_not_compile_is_a_build_error(empty_cache):
+    with pytest.raises(BuildError, match=r"error: .*nonsense"):
+        build.load("nonsense\n")
+    assert not any(path.is_dir() for path in empty_cache.iterdir())  # nothing half built
