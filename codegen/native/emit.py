@@ -47,8 +47,11 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "first", "second")),
         *((name, ctypes.c_void_p) for name in ("first_bias", "second_bias", "out")),
         *((name, ctypes.c_int64) for name in "TKHIE"),
-        *((f"{which}_{what}", ctypes.c_int64) for which in ("first", "second")
-          for what in ("expert", "row")),
+        *(
+            (f"{which}_{what}", ctypes.c_int64)
+            for which in ("first", "second")
+            for what in ("expert", "row")
+        ),
         ("out_float", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     ]
@@ -124,11 +127,12 @@ def write(spec: KernelSpec) -> str:
         f"// {spec.activation} {spec.dtype}",
         f"using Weight = {_WEIGHT[spec.dtype]};",
         *(f"constexpr bool {f.upper()} = {str(getattr(spec, f)).lower()};" for f in flags),
-        "[[maybe_unused]] constexpr double inf = __builtin_inf(), nan = __builtin_nan(\"\");",
+        '[[maybe_unused]] constexpr double inf = __builtin_inf(), nan = __builtin_nan("");',
         _activate(spec.activation),
     ]
-    return "\n".join([*map(_template, ("vec.h", "math.h", "dot.h", "axpy.h")), *facts,
-                      _template("experts.cpp")])
+    return "\n".join(
+        [*map(_template, ("vec.h", "math.h", "dot.h", "axpy.h")), *facts, _template("experts.cpp")]
+    )
 
 
 def _activate(expr: Expr) -> str:

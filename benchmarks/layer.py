@@ -1,0 +1,211 @@
+"""Time one MoE layer: transformers' implementations, eager and compiled, and moecc.
+
+    python -m benchmarks.layer --shape qwen3-30b-a3b --dtype bf16,fp32 --tokens 1,64,256
+
+Contenders are called in turn, each call with another routing, so that weights come from memory.
+The floor is the larger of the active experts' bytes over the measured read bandwidth and the FLOPs
+over the measured float32 product rate; `of floor` is the floor over the contender's time.
+"""
+
+import argparse
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from benchmarks.timing import alternate, machine, narrow_to, product_rate, read_bandwidth, table
+from moecc.codegen.activation import GATE, UP, apply
+from moecc.codegen.native.emit import emit
+from moecc.codegen.spec import KernelSpec
+
+SHAPES = {
+    "qwen3-30b-a3b": {"hidden": 2048, "intermediate": 768, "experts": 128, "active": 8},
+    "olmoe-1b-7b": {"hidden": 2048, "intermediate": 1024, "experts": 64, "active": 8},
+    "small": {"hidden": 256, "intermediate": 128, "experts": 16, "active": 4},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+GATHER_LIMIT = 4e9
+"""Bytes of weights that `batched_mm` may copy for one call."""
+INPUTS = 8
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One contender at one dtype and token count."""
+
+    contender: str
+    dtype: str
+    tokens: int
+    milliseconds: float
+    floor_milliseconds: float
+    ratio: float
+    """Its time over moecc's."""
+
+
+def main() -> None:
+    """Run the benchmark as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=[*SHAPES], default="qwen3-30b-a3b")
+    parser.add_argument("--dtype", default="bf16,fp32", help="of bf16, fp16, fp32")
+    parser.add_argument("--tokens", default="1,64,256")
+    parser.add_argument("--only", default="", help="contenders to run, by a part of their names")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each contender")
+    parser.add_argument("--isa", choices=["avx2"], help="hold everything to this instruction set")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    narrow_to(arguments.isa)
+    warnings.filterwarnings("ignore", module="torch._dynamo")
+    print(machine())
+    bandwidth, rate = read_bandwidth(), product_rate()
+    print(f"reads {bandwidth / 1e9:.1f} GB/s, float32 products {rate / 1e9:.0f} GFLOP/s")
+    results: list[Result] = []
+    for dtype in arguments.dtype.split(","):
+        layer = make_layer(SHAPES[arguments.shape], DTYPES[dtype])
+        for tokens in map(int, arguments.tokens.split(",")):
+            results += measure(layer, dtype, tokens, arguments, bandwidth, rate)
+        del layer
+    if arguments.json:
+        record = {"machine": machine(), "shape": arguments.shape, "bandwidth": bandwidth}
+        record |= {"product_rate": rate, "results": [asdict(result) for result in results]}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def make_layer(shape: dict[str, int], dtype: torch.dtype) -> Qwen3MoeExperts:
+    """Build the experts of one layer with random weights."""
+    config = Qwen3MoeConfig(
+        hidden_size=shape["hidden"],
+        moe_intermediate_size=shape["intermediate"],
+        num_experts=shape["experts"],
+        num_experts_per_tok=shape["active"],
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        layer = Qwen3MoeExperts(config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    for parameter in layer.parameters():
+        for expert in parameter:  # one at a time: no second copy of the layer
+            expert.normal_(std=parameter.shape[-1] ** -0.5)
+    return layer
+
+
+def make_inputs(layer: Qwen3MoeExperts, tokens: int) -> list[Batch]:
+    """Make hidden states and the routing of real top-k form."""
+    dtype, active = layer.down_proj.dtype, layer.config.num_experts_per_tok
+    inputs: list[Batch] = []
+    for _ in range(INPUTS):
+        hidden = torch.randn(tokens, layer.hidden_dim).to(dtype)
+        scores = torch.randn(tokens, layer.num_experts).softmax(-1)
+        weights, ids = scores.topk(active)
+        inputs.append((hidden, ids, (weights / weights.sum(-1, keepdim=True)).to(dtype)))
+    return inputs
+
+
+def contenders(layer: Qwen3MoeExperts, tokens: int) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Name every way to run the layer; compiled ones compile at their first call."""
+    gathered = (
+        tokens * layer.config.num_experts_per_tok * sum(p[0].nbytes for p in layer.parameters())
+    )
+    for name in IMPLEMENTATIONS:
+        if name == "batched_mm" and gathered > GATHER_LIMIT:
+            continue
+        yield name, _with_implementation(layer, name, layer)
+        yield f"{name} + inductor", _with_implementation(layer, name, torch.compile(layer))
+    yield "moecc kernel", _kernel(layer)
+    # A twin with the same weights: moecc runs a module that it compiled with its own kernels
+    # outside of Dynamo too, and would answer for the other contenders.
+    twin = copy.copy(layer)
+    twin.config = copy.copy(layer.config)
+    yield "moecc", _with_implementation(twin, "eager", torch.compile(twin, backend="moecc"))
+
+
+def _with_implementation(
+    layer: Qwen3MoeExperts, name: str, call: Callable[..., object]
+) -> Callable[..., object]:
+    def run(*batch: torch.Tensor) -> object:
+        layer.config._experts_implementation = name
+        return call(*batch)
+
+    return run
+
+
+def _kernel(layer: Qwen3MoeExperts) -> Callable[..., torch.Tensor]:
+    spec = KernelSpec(
+        hidden=layer.hidden_dim,
+        intermediate=layer.intermediate_dim,
+        experts=layer.num_experts,
+        dtype=layer.down_proj.dtype,
+        activation=apply("mul", apply("silu", GATE), UP),
+        gated=True,
+        interleaved=False,
+        transposed=False,
+        bias=False,
+        device="cpu",
+    )
+    run = emit(spec).run
+    return lambda hidden, ids, weights: run(
+        hidden, ids, weights, layer.gate_up_proj, layer.down_proj, None, None
+    )
+
+
+def measure(
+    layer: Qwen3MoeExperts,
+    dtype: str,
+    tokens: int,
+    arguments: argparse.Namespace,
+    bandwidth: float,
+    rate: float,
+) -> list[Result]:
+    """Time all contenders at one token count and print the table."""
+    inputs = make_inputs(layer, tokens)
+    parts = [part for part in arguments.only.split(",") if part]
+    calls = {
+        name: lambda number, run=run: run(*inputs[number % INPUTS])
+        for name, run in contenders(layer, tokens)
+        if not parts or any(part in name for part in parts)
+    }
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        times = alternate(calls, seconds=arguments.seconds)
+    expert = sum(parameter[0].nbytes for parameter in layer.parameters())
+    active = sum(ids.unique().numel() for _, ids, _ in inputs) / INPUTS
+    slots = tokens * layer.config.num_experts_per_tok
+    flops = 2 * slots * sum(parameter[0].numel() for parameter in layer.parameters())
+    memory, compute = active * expert / bandwidth, flops / rate
+    floor, ours = max(memory, compute), times.get("moecc kernel", float("nan"))
+    results = [
+        Result(
+            contender=name,
+            dtype=dtype,
+            tokens=tokens,
+            milliseconds=took * 1e3,
+            floor_milliseconds=floor * 1e3,
+            ratio=took / ours,
+        )
+        for name, took in times.items()
+    ]
+    print(
+        f"\n{dtype}, {tokens} tokens, {active:.0f} experts active: floor {floor * 1e3:.2f} ms "
+        f"(memory {memory * 1e3:.2f}, float32 products {compute * 1e3:.2f})"
+    )
+    rows = [["contender", "ms", "vs kernel", "of floor"]]
+    for result in results:
+        share = result.floor_milliseconds / result.milliseconds
+        rows.append([result.contender, f"{result.milliseconds:.3f}"])
+        rows[-1] += [f"{result.ratio:.2f}x", f"{share:.0%}"]
+    print(table(rows), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main()

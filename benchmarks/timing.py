@@ -1,0 +1,96 @@
+"""Time contenders against each other on one machine, in one run."""
+
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+_NARROWED = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "CXXFLAGS": "-march=haswell",
+        # inductor's graph cache does not tell instruction sets apart; a hit from another crashes.
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/inductor-avx2-{os.getuid()}",
+    }
+}
+
+
+def narrow_to(isa: str | None) -> None:
+    """Start this program again with torch, oneDNN, MKL and our own builds held to `isa`."""
+    if isa is None or os.environ.get("ATEN_CPU_CAPABILITY") == isa:
+        return
+    environment = {**os.environ, **_NARROWED[isa]}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def machine() -> str:
+    """Describe what was measured on, in one line."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        name = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), name)
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[int], object]], *, seconds: float, most: int = 200
+) -> dict[str, float]:
+    """Return the median seconds of a call of each contender.
+
+    Contenders are called in turn, so that a slow spell of the machine hits them alike; each gets
+    about `seconds` in all, at least one call, at most `most`. A contender is given the number of
+    the call, to pick its input by. The first call of each is not timed.
+    """
+    first: dict[str, float] = {}
+    for name, call in contenders.items():
+        for _ in range(2):  # the second call of two is warm, and is only an estimate
+            start = time.perf_counter()
+            call(0)
+            first[name] = time.perf_counter() - start
+            if first[name] > seconds:
+                break
+    rounds = {name: int(max(1, min(most, seconds / took))) for name, took in first.items()}
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(1, 1 + max(rounds.values())):
+        for name, call in contenders.items():
+            if number > rounds[name]:
+                continue
+            start = time.perf_counter()
+            call(number)
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def read_bandwidth() -> float:
+    """Measure bytes a second of reading memory with all threads."""
+    block = torch.ones(1 << 28)
+    call = {"sum": lambda _: block.sum()}
+    return block.nbytes / alternate(call, seconds=1.0)["sum"]
+
+
+def product_rate() -> float:
+    """Measure floating-point operations a second of a 2048^3 float32 `torch.mm`."""
+    a, b = torch.randn(2, 2048, 2048)
+    return 2 * 2048**3 / alternate({"mm": lambda _: a @ b}, seconds=1.0)["mm"]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
