@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROMPT ?= In the beginning
+PROMPT ?= In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was upon the face of the deep.
 
 .PHONY: help setup run test lint check bless bench gpu clean
 
@@ -19,7 +19,7 @@ $(BIN)/moecc: pyproject.toml
 setup: $(BIN)/moecc ## Make .venv with everything (TORCH=torch==... picks the build)
 
 run: $(BIN)/moecc ## Generate text with the shipped model, beside transformers eager
-	$(BIN)/moecc run benchmarks/reference --prompt "$(PROMPT)"
+	$(BIN)/moecc run benchmarks/reference --dtype float32 --prompt "$(PROMPT)"
 
 test: $(BIN)/moecc ## Run the tests
 	$(BIN)/pytest

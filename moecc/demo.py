@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moecc.generate import Comparison, compare
+from moecc.generate import Comparison, Difference, compare
 from moecc.generate import Progress as Watch
 from moecc.models import Loaded, load_model
 from moecc.reporting import Report, report
@@ -29,7 +29,7 @@ class Demo:
         return {
             "prompt": self.prompt,
             "text": self.text,
-            "same_tokens": self.comparison.same_tokens,
+            "same_tokens": self.comparison.difference is None,
             "comparison": asdict(self.comparison),
             "report": self.report.to_dict(),
         }
@@ -90,13 +90,20 @@ def print_demo(shown: Demo, console: Console) -> None:
         eager, moecc = made.median("eager", rate), made.median("moecc", rate)
         table.add_row(label, f"{eager:.1f}", f"{moecc:.1f}", f"{moecc / eager:.2f}x")
     console.print(table)
-    same = "the same tokens" if made.same_tokens else "DIFFERENT tokens"
     blocks = max((len(graph.blocks) for graph in shown.report.graphs), default=0)
     console.print(
-        f"{same} both ways · {blocks} MoE blocks compiled · "
-        f"first run with compilation {made.compile_seconds:.0f} s",
-        highlight=False,
+        f"{blocks} MoE blocks · first run, compiling: {made.compile_seconds:.0f} s", highlight=False
     )
+    console.print(_verdict(made.difference), highlight=False)
+
+
+def _verdict(difference: Difference | None) -> str:
+    if difference is None:
+        return "the same tokens both ways"
+    where = f"new token {difference.position} differs: the two choices' logits are "
+    sizes = f"{difference.gap:.3g} apart, and rounding leaves {difference.rounding:.3g} open"
+    advice = "; compare with --dtype float32" if difference.is_tie else ""
+    return where + sizes + advice
 
 
 def _check_length(loaded: Loaded, length: int) -> None:

@@ -103,6 +103,23 @@ _COMPILED = "_moecc_compiled_forward"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """The first token that two greedy generations do not share."""
+
+    position: int
+    """Among the new tokens, from 0."""
+    gap: float
+    """Between the two tokens' logits, by the model's own code."""
+    rounding: float
+    """What the model's dtype leaves open at logits of this size."""
+
+    @property
+    def is_tie(self) -> bool:
+        """Both tokens are best within rounding: either choice is right."""
+        return self.gap <= self.rounding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """The same text, generated plainly and through moecc, alternating."""
 
@@ -110,11 +127,8 @@ class Comparison:
     moecc: tuple[Timing, ...]
     compile_seconds: float
     """The first generation through moecc, which compiles."""
-
-    @property
-    def same_tokens(self) -> bool:
-        """Every generation gave the same tokens."""
-        return len({timing.tokens for timing in (*self.eager, *self.moecc)}) == 1
+    difference: "Difference | None"
+    """Where the tokens part; None if all generations gave the same."""
 
     def median(self, contender: str, rate: str) -> float:
         """Median `prefill_rate` or `decode_rate` of `eager` or `moecc`, tokens a second."""
@@ -146,4 +160,26 @@ def compare(
         eager.append(generate(model, prompt, new_tokens, watch(f"eager {number}/{rounds}")))
         with compiled(model, options):
             moecc.append(generate(model, prompt, new_tokens, watch(f"moecc {number}/{rounds}")))
-    return Comparison(eager=tuple(eager), moecc=tuple(moecc), compile_seconds=compile_seconds)
+    different = [one for one in (*eager, *moecc) if one.tokens != eager[0].tokens]
+    return Comparison(
+        eager=tuple(eager),
+        moecc=tuple(moecc),
+        compile_seconds=compile_seconds,
+        difference=find_difference(model, prompt, eager[0], different[0]) if different else None,
+    )
+
+
+def find_difference(model: Any, prompt: torch.Tensor, one: Timing, other: Timing) -> Difference:
+    """Find where two generations part, and how close the choice was.
+
+    Rounding is four units in the last place of the dtype: a router or a logit near a tie falls
+    either way when sums are taken in another order.
+    """
+    pairs = enumerate(zip(one.tokens, other.tokens, strict=True))
+    position = next(i for i, (left, right) in pairs if left != right)
+    shared = torch.tensor([one.tokens[:position]], dtype=prompt.dtype)
+    with torch.no_grad():
+        logits = model(torch.cat((prompt, shared), dim=1)).logits[0, -1].float()
+    left, right = (logits[timing.tokens[position]].item() for timing in (one, other))
+    rounding = 4 * torch.finfo(model.dtype).eps * max(abs(left), abs(right))
+    return Difference(position=position, gap=abs(left - right), rounding=rounding)
