@@ -18,6 +18,7 @@ from moecc.passes.ir import Program
 from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, run
 from moecc.records import Record
+from moecc.runtime.errors import StrictError
 
 _passes = logging.getLogger("moecc.passes")
 _kernels = logging.getLogger("moecc.kernels")
@@ -36,14 +37,26 @@ def moecc(
     Raises `OptionError` for bad options, `StrictError` when `strict` forbids a fallback.
     """
     chosen = Options.parse(options)
-    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    tensors: list[torch.Tensor] = [
+        value for value in example_inputs if isinstance(value, torch.Tensor)
+    ]
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
-    program = Program(gm=gm, trains=wants_grad)
+    program = Program(gm=gm, trains=wants_grad or _switches_gradients_on(gm))
     result = run(program, chosen, keep_text=dump.wants_text())
     dump.write(result.steps, result.program.lowerings)
     _log(result)
-    record = Record.of(result, chosen, tensors, capture.take_notes())
+    notes = capture.take_notes()
+    if chosen.strict and (refused := [note for note in notes if note.fallback]):
+        listed = "; ".join(f"{note.where}: {note.why}" for note in refused)
+        raise StrictError(f"strict=True and capture had to leave things alone: {listed}")
+    record = Record.of(result, chosen, tensors, notes)
     return record.count(_inner(chosen.inner, mode)(gm, example_inputs))
+
+
+def _switches_gradients_on(gm: GraphModule) -> bool:
+    """Tell whether the model itself asks for gradients in the middle of its forward."""
+    switches = gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)  # pyright: ignore
+    return not torch.is_grad_enabled() and any(node.args[0] is True for node in switches)
 
 
 def _inner(name: str, mode: str | None) -> Callable[..., Callable[..., Any]]:

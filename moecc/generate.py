@@ -1,6 +1,7 @@
 """Generate text with a transformers model, plain and compiled, and time both."""
 
 import statistics
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,11 +86,12 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Generator[None]:
     shapes, so that two graphs serve every prompt length.
     """
     before = model.__dict__.get("forward")  # accelerate and others put one on the instance
-    if not hasattr(model, _COMPILED):
-        forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
-        setattr(model, _COMPILED, forward)
+    known = _compiled.setdefault(model, {})
+    key = repr(sorted(options.items()))
+    if key not in known:
+        known[key] = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
     transformers_experts.adopt(model, Options.parse(options))
-    model.forward = getattr(model, _COMPILED)
+    model.forward = known[key]
     try:
         yield
     finally:
@@ -99,7 +101,7 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Generator[None]:
         transformers_experts.release(model)
 
 
-_COMPILED = "_moecc_compiled_forward"
+_compiled: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,8 @@ from torch import nn
 from moecc.runtime.errors import MissingExtra, ModelError
 from moecc.tiny import tiny_model
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
@@ -32,6 +34,8 @@ def load_model(name: str, dtype: str = "auto") -> Loaded:
     A factory takes nothing and returns a module, or a module and a tuple of inputs.
     Raises `ModelError` saying what was tried, `MissingExtra` without transformers.
     """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {list(DTYPES)}")
     file, _, factory = name.rpartition(":")
     if file.endswith(".py"):
         return _from_factory(name, Path(file), factory)
@@ -70,9 +74,13 @@ def _from_factory(name: str, file: Path, factory: str) -> Loaded:
     make: Callable[[], Any] | None = getattr(module, factory, None)
     if make is None:
         raise ModelError(f"{str(file)!r} has no {factory!r}; MODEL is file.py:factory")
-    made: Any = make()
-    pair = cast(tuple[Any, Any], made if isinstance(made, tuple) else (made, None))
-    model, inputs = pair
+    try:
+        made: Any = make()
+    except Exception as error:  # whatever a user's own code raises
+        raise ModelError(f"{name!r} failed: {type(error).__name__}: {error}") from error
+    model, inputs = _split(made)
+    if type(inputs) not in (list, tuple, type(None)):
+        raise ModelError(f"{name!r} returned inputs that are no list or tuple of arguments")
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name!r} returned a {type(model).__name__}, not a torch.nn.Module")
     return Loaded(
@@ -81,6 +89,14 @@ def _from_factory(name: str, file: Path, factory: str) -> Loaded:
         tokenizer=None,
         inputs=_token_inputs(model) if inputs is None else tuple(inputs),
     )
+
+
+def _split(made: Any) -> tuple[Any, Any]:
+    """Tell a factory's model from the inputs that it may give with it."""
+    if not isinstance(made, tuple):
+        return made, None
+    parts = cast("tuple[Any, ...]", made)
+    return (parts[0], parts[1]) if len(parts) == 2 else (parts, None)
 
 
 def _token_inputs(model: nn.Module) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from torch import nn
 from moecc import __version__, transformers_experts
 from moecc.passes.pipeline import Step
 from moecc.records import Record, all_records
+from moecc.runtime.errors import InputError
 
 _NO_BLOCK = "no MoE block found"
 
@@ -67,9 +68,11 @@ def report(model: nn.Module) -> Report:
     """Report on every graph that was compiled with the model's parameters.
 
     `model` is the model itself or what `torch.compile` returned. Graphs count their calls; eager
-    calls are counted for each adopted experts module.
+    calls are counted for each adopted experts module. Raises `InputError` for anything else.
     """
     model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"report() takes a torch.nn.Module, not {type(model).__name__}")
     tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     own = tuple(record for record in all_records() if record.reads(tensors))
     eager = _eager(model)
@@ -123,7 +126,10 @@ def _notes(records: tuple[Record, ...], eager: EagerReport | None) -> list[str]:
     """Say the things that a user would otherwise have to find out."""
     notes: list[str] = []
     if not records and eager is None:
-        notes.append("this model was never compiled with moecc in this process")
+        notes.append(
+            "no graph was compiled with this model's weights, and none of its modules was adopted: "
+            "it was not compiled with moecc, was not called yet, or shares another model's graph"
+        )
     elif not records and eager is not None and eager.calls:
         notes.append("no graph compiled: all calls so far bypassed torch.compile")
     elif not records:

@@ -22,10 +22,19 @@ from moecc.codegen.emit import choose
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.passes.activation import UnreadableActivation, read_activation
 from moecc.passes.options import Options
+from moecc.passes.pattern import FLOATS
 from moecc.runtime import ops
+from moecc.runtime.errors import StrictError
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MARK = "_moecc"
+_ROLES = {
+    "hidden_states": 0,
+    **dict.fromkeys(("top_k_index", "router_indices", "selected_experts"), 1),
+    **dict.fromkeys(("top_k_weights", "routing_weights"), 2),
+}
+"""What families call the inputs of their experts, by position."""
+_THEIRS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
+"""Implementations that all mean the same computation."""
 _ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "down_proj")
 
 
@@ -36,8 +45,10 @@ class Road:
     options: Options
     kernel: Kernel | None = None
     made_for: tuple[Any, ...] = ()
+    declined: str = ""
+    """Why there is no kernel, or a slower one."""
     why: str = ""
-    """Why the model's own code runs instead, or why a slower kernel does."""
+    """Why the latest call ran the model's own code, or a slower kernel."""
     calls: int = 0
     own_calls: int = 0
 
@@ -49,6 +60,9 @@ adopted: "weakref.WeakKeyDictionary[nn.Module, Road]" = weakref.WeakKeyDictionar
 def adopt(model: nn.Module, options: Options) -> None:
     """Let the experts of a model use our kernels outside Dynamo."""
     for module in model.modules():
+        known = adopted.get(module)
+        if known is not None and known.options == options:
+            continue  # compiled again: keep counting
         if all(hasattr(module, name) for name in _ATTRIBUTES):
             adopted[module] = Road(options)
 
@@ -80,20 +94,21 @@ def install(traced_by_us: Callable[[], bool], note: Callable[[str, str], None]) 
         return True
 
     @functools.wraps(original)
-    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = original(self, *args, **kwargs)
+    def get_interface(self: Any, implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        own = original(self, implementation, *args, **kwargs)
+        if implementation not in _THEIRS:
+            return own  # somebody registered an implementation of their own
         if not torch.compiler.is_dynamo_compiling():
             return functools.partial(_run_eager, own) if adopted else own
         if not is_ours():
             return own
 
-        def traced(
-            module: nn.Module, hidden_states: Any, top_k_index: Any, top_k_weights: Any
-        ) -> Any:
-            why = _refusal(module)
-            if _wants_grad(module, hidden_states) or (why and refuse(type(module).__name__, why)):
-                return own(module, hidden_states, top_k_index, top_k_weights)
-            return canonical_forward(module, hidden_states, top_k_index, top_k_weights)
+        def traced(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            inputs = _in_order(args, kwargs)
+            why = _refusal(module, inputs)
+            if why and refuse(type(module).__name__, why):
+                return own(module, *args, **kwargs)
+            return canonical_forward(module, *inputs)
 
         return traced
 
@@ -120,47 +135,65 @@ def canonical_forward(
     return torch.ops.moecc.combine(terms, weights).to(hidden.dtype)
 
 
-def _wants_grad(module: Any, hidden: torch.Tensor) -> bool:
-    wants = hidden.requires_grad or module.down_proj.requires_grad
-    return torch.is_grad_enabled() and wants
+def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Give hidden states, ids and weights in this order; nothing for any other call."""
+    places = dict(enumerate(args))
+    for name, value in kwargs.items():
+        place = _ROLES.get(name, -1)
+        if place < 0 or place in places:
+            return ()
+        places[place] = value
+    return tuple(places[i] for i in range(3)) if sorted(places) == [0, 1, 2] else ()
 
 
-def _refusal(module: Any) -> str:
-    """Say why a module's experts are not ours to take, or nothing."""
+def _refusal(module: Any, inputs: tuple[Any, ...]) -> str:
+    """Say why a call of a module's experts is not ours to take, or nothing."""
+    if len(inputs) != 3:
+        return "its forward is not called with hidden states, ids and weights alone"
+    hidden, ids, weights = inputs
+    if type(hidden) not in (torch.Tensor, nn.Parameter):
+        return f"hidden states are {type(hidden).__name__}, which moecc does not read"
     first = module.gate_up_proj if module.has_gate else module.up_proj
     for weight in (first, module.down_proj):
         if type(weight) not in (torch.Tensor, nn.Parameter):
             return f"expert weights are {type(weight).__name__}, which moecc does not read"
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             return f"expert weights are {weight.dtype}, which moecc does not read"
-        if weight.dim() != 3:
-            return f"expert weights have {weight.dim()} dimensions, not [E, ., .]"
+        if weight.dim() != 3 or weight.stride(-1) != 1:
+            return "expert weights are not [E, ., .] with contiguous rows"
+    if ids.dim() != 2 or weights.shape != ids.shape or not weights.is_floating_point():
+        return "ids and weights are not both [T, K]"
+    if torch.is_grad_enabled():
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        if trained or hidden.requires_grad or weights.requires_grad:
+            return "gradients are wanted, and fused experts have none; run under torch.no_grad()"
     return ""
 
 
 def _run_eager(
-    own: Callable[..., torch.Tensor],
-    module: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
+    own: Callable[..., torch.Tensor], module: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """Run adopted experts with our kernel, and everyone else's as they are."""
     road = adopted.get(module)
-    if road is None or torch.compiler.is_compiling():
-        return own(module, hidden_states, top_k_index, top_k_weights)
-    plain = type(hidden_states) is torch.Tensor and not _wants_grad(module, hidden_states)
-    kernel = _kernel(module, road) if plain else None
+    inputs = _in_order(args, kwargs)
+    if road is None or _is_recorded():
+        return own(module, *args, **kwargs)
+    why = _refusal(module, inputs)
+    kernel = None if why else _kernel(module, road)
+    road.why = why or road.declined
+    if road.why and road.options.strict:
+        raise StrictError(f"strict=True and {type(module).__name__} falls back: {road.why}")
     if kernel is None:
         road.own_calls += 1
-        return own(module, hidden_states, top_k_index, top_k_weights)
+        return own(module, *args, **kwargs)
     road.calls += 1
     ops.calls[kernel.key] += 1
+    hidden, ids, weights = inputs
     first = "gate_up_proj" if module.has_gate else "up_proj"
     return kernel.run(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
+        hidden,
+        ids,
+        weights,
         getattr(module, first),
         cast(torch.Tensor, module.down_proj),
         getattr(module, f"{first}_bias", None) if module.has_bias else None,
@@ -168,16 +201,30 @@ def _run_eager(
     )
 
 
+def _is_recorded() -> bool:
+    """Tell whether somebody records or transforms calls; kernels are invisible to them.
+
+    functorch (vmap, jvp), a tracer (jit, export), or a dispatch mode (make_fx, FLOP counters).
+    """
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+    stack: Any = peek_interpreter_stack()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore
+    return tracing or stack is not None or is_in_torch_dispatch_mode()
+
+
 def _kernel(module: Any, road: Road) -> Kernel | None:
-    """Choose the module's kernel, again only when its weights changed kind."""
-    down = cast(torch.Tensor, module.down_proj)
-    kind = (type(down), down.dtype, down.device.type, down.shape)
+    """Choose the module's kernel, again only when its weights or its activation changed."""
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    weights = tuple((w.dtype, w.device.type, w.shape) for w in (first, module.down_proj))
+    kind = (weights, id(getattr(module, "act_fn", None)), module.is_transposed)
     if road.made_for != kind:
-        road.made_for, road.kernel, road.why = kind, None, _refusal(module)
+        road.made_for, road.kernel, road.declined = kind, None, ""
         if getattr(module, "has_post_expert_norm", False):
-            road.why = "a norm follows each expert, which kernels do not have"
-        if not road.why:
-            road.kernel, road.why = _choose(module, road.options)
+            road.declined = "a norm follows each expert, which kernels do not have"
+        else:
+            road.kernel, road.declined = _choose(module, road.options)
     return road.kernel
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch.fx import Node
 
 from moecc.codegen.activation import GATE, OPERATIONS, UP, Expr, X, apply, constant
-from moecc.passes.pattern import op_name
+from moecc.passes.pattern import is_cast, mutates, op_name
 
 _PLAIN = {
     "abs": "abs", "add": "add", "div": "div", "exp": "exp", "maximum": "max", "minimum": "min",
@@ -19,7 +19,6 @@ _PLAIN = {
     "silu": "silu", "square": "square", "sub": "sub", "subtract": "sub", "swish": "silu",
     "tanh": "tanh", "truediv": "div",
 }  # fmt: skip
-_TRANSPARENT = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous"}
 
 
 class UnreadableActivation(Exception):
@@ -90,9 +89,12 @@ class _Reader:
         name = op_name(node)
         args = cast(tuple[Any, ...], node.args)
         operation = _PLAIN.get(name, "")
-        if OPERATIONS.get(operation) == len(args) and not node.kwargs.get("alpha"):
+        if mutates(node):
+            raise UnreadableActivation(node, f"{name} writes in place")
+        plain = all(given is None or given is False for given in node.kwargs.values())
+        if plain and OPERATIONS.get(operation) == len(args):
             return apply(operation, *(self.read(arg) for arg in args))
-        if name in _TRANSPARENT:
+        if is_cast(node):
             return self.read(args[0])
         if name == "getitem":
             return self._read_half(node)
@@ -124,20 +126,29 @@ class _Reader:
                     cast(Node, source.args[0]), "halves", (GATE, UP)[cast(int, index)]
                 )
             raise UnreadableActivation(source, "it does not split the last dimension in two")
-        if isinstance(index, tuple) and isinstance(source, Node):
+        if isinstance(source, Node) and _whole_but_last(index, source):
             width = _width(source)
-            match index[-1]:
+            match cast(tuple[Any, ...], index)[-1]:
                 case slice(start=None | 0, stop=None, step=2):
                     return self._leaf(source, "interleaved", GATE)
                 case slice(start=1, stop=None, step=2):
                     return self._leaf(source, "interleaved", UP)
-                case slice(start=None | 0, stop=stop, step=None) if 2 * (stop or 0) == width:
+                case one if one == slice(None, width // 2) and width % 2 == 0:
                     return self._leaf(source, "halves", GATE)
-                case slice(start=start, stop=None, step=None) if 2 * (start or 0) == width:
+                case one if one == slice(width // 2, None) and width % 2 == 0:
                     return self._leaf(source, "halves", UP)
                 case _:
                     pass
         raise UnreadableActivation(node, "it takes neither half of a product")
+
+
+def _whole_but_last(index: Any, source: Node) -> bool:
+    """Tell whether an index takes everything of every dimension but the last."""
+    if not isinstance(index, tuple) or len(cast(tuple[Any, ...], index)) < 2:
+        return False
+    *before, _ = cast(tuple[Any, ...], index)
+    full = all(one is Ellipsis or one == slice(None) for one in before)
+    return full and (Ellipsis in before or len(before) + 1 == source.meta["example_value"].dim())
 
 
 def _width(node: Node) -> int:

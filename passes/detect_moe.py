@@ -18,12 +18,10 @@ from torch.fx import Node
 from moecc.passes.activation import Activation, UnreadableActivation, read_activation
 from moecc.passes.ir import Miss, MoeBlock, Outcome, Program
 from moecc.passes.options import Options
-from moecc.passes.pattern import Match, mutates, op_name
+from moecc.passes.pattern import FLOATS, Match, mutates, op_name
 from moecc.passes.source import module_path, source_line
 from moecc.passes.styles import STYLES
 from moecc.passes.styles.style import Style
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def detect_moe(program: Program, options: Options) -> Outcome:
@@ -49,6 +47,14 @@ def detect_moe(program: Program, options: Options) -> Outcome:
 
 
 def _match(style: Style, node: Node) -> MoeBlock | Miss | None:
+    try:
+        return _attempt(style, node)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        why = f"the {style.name} matcher cannot read it: {type(error).__name__}: {error}"
+        return Miss(where=module_path(node) or node.name, why=why, fallback=True)
+
+
+def _attempt(style: Style, node: Node) -> MoeBlock | Miss | None:
     match = Match()
     if not match.find(style.output, node):
         return _miss(style, node, match) if match.reached >= style.near else None
@@ -77,7 +83,10 @@ def _miss(style: Style, node: Node, match: Match) -> Miss:
 
 
 def _unsafe(interior: set[Node], output: Node) -> str:
-    """Find an in-place write that a single fused call would order differently."""
+    """Find what a single fused call would not give: a value, or the order of a write."""
+    for one in interior:
+        if stranger := next((user for user in one.users if user not in {*interior, output}), None):
+            return f"{one.name}, in the middle of the block, is used by {stranger.name} too"
     waiting = set(interior)
     node = output
     while waiting:
@@ -89,7 +98,29 @@ def _unsafe(interior: set[Node], output: Node) -> str:
 
 
 def _misfit(bindings: dict[str, Any], activation: Activation) -> str:
-    """Check shapes and dtypes; say what does not fit."""
+    """Check dtypes, layouts and shapes; say what does not fit."""
+    return _misfit_weights(bindings) or _misfit_shapes(bindings, activation)
+
+
+def _misfit_weights(bindings: dict[str, Any]) -> str:
+    for key in ("gate_up", "down"):
+        argument = bindings[key].meta.get("grapharg")
+        value: Any = _value(bindings[key]) if argument is None else argument.example
+        if type(value) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+            return f"expert weights are {type(value).__name__}, which moecc does not read"
+        if value.stride(-1) != 1:
+            return f"{key} has strides {value.stride()}; kernels read rows, so call .contiguous()"
+    dtypes = {_value(bindings[name]).dtype for name in ("gate_up", "down")}
+    if len(dtypes) > 1 or not dtypes.issubset(FLOATS):
+        return f"expert weights are {sorted(map(str, dtypes))}, not one floating-point dtype"
+    if (bindings.get("gate_up_bias") is None) != (bindings.get("down_bias") is None):
+        return "only one of the two products has a bias"
+    if type(_value(bindings["hidden"])) is not FakeTensor:
+        return "the block is inside a transformation such as vmap"
+    return ""
+
+
+def _misfit_shapes(bindings: dict[str, Any], activation: Activation) -> str:
     shapes = {name: _shape(bindings[name]) for name in ("hidden", "ids", "gate_up", "down")}
     hidden, ids, gate_up, down = shapes.values()
     if any(len(shape) != size for shape, size in zip(shapes.values(), (2, 2, 3, 3), strict=True)):
@@ -103,18 +134,19 @@ def _misfit(bindings: dict[str, Any], activation: Activation) -> str:
         return f"weights [E, ., .] do not chain back to the hidden size: {shapes}"
     if gate_up[0] != down[0] or bindings.get("active", ids[1]) != ids[1]:
         return f"the number of experts or of choices differs between parts: {shapes}"
+    if "bins" in bindings and (bindings["bins"], bindings["last"]) != (down[0], down[0] - 1):
+        return "tokens are counted for another number of experts than there are weights"
     if "terms" in bindings and _shape(bindings["terms"])[1:] != (ids[1], hidden[1]):
         return "the sum does not run over a token's experts"
-    for key in ("gate_up", "down"):
-        argument = bindings[key].meta.get("grapharg")
-        value: Any = _value(bindings[key]) if argument is None else argument.example
-        if type(value) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
-            return f"expert weights are {type(value).__name__}, which moecc does not read"
-    dtypes = {_value(bindings[name]).dtype for name in ("gate_up", "down")}
-    if len(dtypes) > 1 or not dtypes.issubset(_FLOATS):
-        return f"expert weights are {sorted(map(str, dtypes))}, not one floating-point dtype"
-    if (bindings.get("gate_up_bias") is None) != (bindings.get("down_bias") is None):
-        return "only one of the two products has a bias"
+    weights, dtype = _value(bindings["weights"]), _value(bindings["down"]).dtype
+    if not weights.is_floating_point() or tuple(weights.shape)[1:] != (ids[1],):
+        return f"routing weights are {weights.dtype} {tuple(weights.shape)}, not [T, K] of floats"
+    for key, outputs in (("gate_up_bias", rows), ("down_bias", out)):
+        if bindings.get(key) is None:
+            continue
+        bias = _value(bindings[key])
+        if tuple(bias.shape) != (down[0], outputs) or bias.dtype != dtype:
+            return f"{key} is {bias.dtype} {tuple(bias.shape)}, not {dtype} [E, {outputs}]"
     return ""
 
 

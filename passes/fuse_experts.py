@@ -24,11 +24,16 @@ from moecc.runtime import ops
 
 def fuse_experts(program: Program, options: Options) -> Outcome:
     """Replace every detected block that is not fused yet."""
-    nodes = program.nodes()
     found = [block for block in program.blocks if block.interior]
-    fused = {block.output: _fuse(program, block, nodes) for block in found}
-    blocks = tuple(fused.get(block.output, block) for block in program.blocks)
-    return Outcome(program=replace(program, blocks=blocks), rewrites=len(found))
+    nodes = dict(program.nodes())
+    renamed: dict[str, str] = {}
+    blocks: list[MoeBlock] = []
+    for block in program.blocks:
+        current = _follow(block, renamed)
+        if block.interior:
+            current = _fuse(program, current, nodes, renamed)
+        blocks.append(current)
+    return Outcome(program=replace(program, blocks=tuple(blocks)), rewrites=len(found))
 
 
 def kernel_spec(block: MoeBlock) -> KernelSpec:
@@ -47,7 +52,16 @@ def kernel_spec(block: MoeBlock) -> KernelSpec:
     )
 
 
-def _fuse(program: Program, block: MoeBlock, nodes: Mapping[str, Node]) -> MoeBlock:
+def _follow(block: MoeBlock, renamed: Mapping[str, str]) -> MoeBlock:
+    """Point a block that reads an earlier one at what that one became."""
+    inputs = ("hidden", "ids", "weights")
+    names = {key: getattr(block, key) for key in inputs}
+    return replace(block, **{key: renamed.get(name, name) for key, name in names.items()})
+
+
+def _fuse(
+    program: Program, block: MoeBlock, nodes: dict[str, Node], renamed: dict[str, str]
+) -> MoeBlock:
     graph = program.gm.graph
     kernel = reference.emit(kernel_spec(block))
     ops.install(kernel.key, kernel.run)
@@ -67,6 +81,7 @@ def _fuse(program: Program, block: MoeBlock, nodes: Mapping[str, Node]) -> MoeBl
             result = graph.call_method("to", (new, old.meta["example_value"].dtype))
             result.meta = dict(old.meta)
     old.replace_all_uses_with(result)
+    renamed[old.name], nodes[result.name] = result.name, result
     graph.erase_node(old)
     _erase_interior([nodes[name] for name in block.interior], graph)
     return replace(block, output=new.name, interior=())

@@ -33,6 +33,8 @@ class Options:
 
         Raises `OptionError` naming the key, the value and what is allowed.
         """
+        if not isinstance(given, Mapping | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"options are {given!r}; moecc takes a mapping of names to values")
         given = dict(given or {})
         names = [field.name for field in fields(Options)]
         unknown = [key for key in given if key not in names]
@@ -54,8 +56,9 @@ def parse_memory(value: Any) -> int | float | None:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", value)
         if found and found[2] == "%" and 0 < float(found[1]) <= 100:
             return float(found[1]) / 100
-        if found and found[2].upper() in _UNITS and float(found[1]) > 0:
-            return int(float(found[1]) * _UNITS[found[2].upper()])
+        scale = _UNITS.get(found[2].upper(), 0) if found else 0
+        if found and (size := int(float(found[1]) * scale)) > 0:
+            return size
     raise _bad("expert_memory", value, "None, bytes, '8GiB' or a share such as '25%'")
 
 

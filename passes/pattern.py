@@ -14,16 +14,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.fx.node import Target
 
 _COMMUTATIVE = {"add", "mul"}
 _CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FREE = {
+    "arange": {"device", "dtype"},
+    "cumsum": {"dim", "dtype"},
+    "histc": {"bins", "min", "max"},
+    "grouped_mm": {"offs", "bias", "out_dtype"},
+    "_grouped_mm": {"offs", "bias", "out_dtype"},
+    "empty_like": {"device", "dtype"},
+}
+"""Keywords that do not change what a call is; any other that a pattern does not name does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of one of `names` whose leading arguments match `args`."""
+    """A call of one of `names` whose arguments match.
+
+    Further positional arguments are sizes and are ignored (`view`, `arange`, `cumsum`); keywords
+    that the pattern does not name are refused, unless None, False or in `_FREE`.
+    """
 
     names: tuple[str, ...]
     args: tuple[Any, ...]
@@ -125,7 +140,7 @@ class Match:
                 same = bound is value or (not isinstance(value, Node) and bound == value)
                 return same or self.fail(value, f"expected {name} to be {bound}, found {value}")
             case Cast(inner):
-                if isinstance(value, Node) and op_name(value) in _CASTS:
+                if isinstance(value, Node) and is_cast(value):
                     self.nodes.append(value)
                     return self.find(pattern, value.args[0])
                 return self.find(inner, value)
@@ -153,6 +168,11 @@ class Match:
             return self.fail(value, f"expected {expected}, found {found}")
         if len(value.args) < len(pattern.args):
             return self.fail(value, f"{expected} has only {len(value.args)} positional arguments")
+        named = {key for key, _ in pattern.kwargs} | _FREE.get(op_name(value), set())
+        given = {key for key, one in value.kwargs.items() if one is not None and one is not False}
+        extra = given - named
+        if extra:
+            return self.fail(value, f"{expected} is called with {', '.join(sorted(extra))}")
         self.nodes.append(value)
         kwargs = all(self.find(inner, value.kwargs.get(key)) for key, inner in pattern.kwargs)
         return kwargs and any(
@@ -189,9 +209,21 @@ def target_name(target: Target) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def is_cast(node: Node) -> bool:
+    """Tell whether a node only changes a tensor's floating-point dtype or layout."""
+    if op_name(node) not in _CASTS:
+        return False
+    value = node.meta.get("example_value")
+    return value is None or value.dtype in FLOATS
+
+
 _IN_PLACE_OPERATORS = {"setitem", "delitem"} | {
-    f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor")
-}
+    f"i{name}"
+    for name in (
+        "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+        "lshift", "rshift",
+    )
+}  # fmt: skip
 
 
 def mutates(node: Node) -> bool:
@@ -200,4 +232,7 @@ def mutates(node: Node) -> bool:
         return False
     name = op_name(node)
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _IN_PLACE_OPERATORS or "out" in node.kwargs
+    asked = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    schema = getattr(node.target, "_schema", None)
+    declared = schema is not None and bool(schema.is_mutable)
+    return in_place or asked or declared or name in _IN_PLACE_OPERATORS

@@ -1,8 +1,8 @@
 """Define the operators that a rewritten graph calls.
 
     moecc::experts        a whole MoE block's experts, run by the kernel it names
-    moecc::expert_linear  one grouped product, y[t, k] = W[ids[t, k]] x[t] (+ b)
-    moecc::combine        the weighted sum over k
+    moecc::expert_linear  one grouped product, y[t * K + k] = W[ids[t, k]] x (+ b)
+    moecc::combine        the weighted sum over k, out[t] = sum_k weights[t, k] y[t * K + k]
 
 Capture writes the last two, with the activation between them as ordinary nodes; `fuse_experts`
 turns the group into the first. What it cannot turn stays and runs as defined here. Operators are
@@ -73,21 +73,23 @@ def _expert_linear(
     transposed: bool,
 ) -> torch.Tensor:
     calls["torch: expert_linear"] += 1
-    out = x.new_zeros(*ids.shape, weight.shape[2 if transposed else 1], dtype=weight.dtype)
+    chosen, slots = ids.reshape(-1), ids.shape[1]
+    out = x.new_zeros(len(chosen), weight.shape[2 if transposed else 1], dtype=weight.dtype)
     for expert in cast(list[int], ids.unique().tolist()):
         if not 0 <= expert < weight.shape[0]:
             continue
-        token, slot = torch.where(ids == expert)
-        rows = x[token] if x.dim() == 2 else x[token, slot]
+        (pairs,) = torch.where(chosen == expert)
+        rows = x[pairs] if len(x) == len(chosen) else x[pairs // slots]  # one a choice, or a token
         matrix = weight[expert] if transposed else weight[expert].T
         product = rows.to(weight.dtype) @ matrix
-        out[token, slot] = product if bias is None else product + bias[expert]
+        out[pairs] = product if bias is None else product + bias[expert]
     return out
 
 
 def _combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
-    return (y.to(wide) * weights.to(wide).unsqueeze(-1)).sum(dim=1).to(y.dtype)
+    terms = y.to(wide).view(*weights.shape, y.shape[-1]) * weights.to(wide).unsqueeze(-1)
+    return terms.sum(dim=1).to(y.dtype)
 
 
 def _refuse_meta(tensor: torch.Tensor) -> None:
@@ -122,11 +124,23 @@ def _fake_expert_linear(
 ) -> torch.Tensor:
     _refuse_meta(weight)
     width = weight.shape[2 if transposed else 1]
-    return x.new_empty(ids.shape[0], ids.shape[1], width, dtype=weight.dtype)
+    return x.new_empty(ids.numel(), width, dtype=weight.dtype)
 
 
 def _fake_combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return y.new_empty(y.shape[0], y.shape[2])
+    return y.new_empty(weights.shape[0], y.shape[1])
+
+
+def _refuse_gradient(name: str) -> Callable[..., None]:
+    """Stand for a backward that does not exist, so that no gradient is lost without a word."""
+
+    def backward(ctx: object, *gradients: object) -> None:
+        raise InputError(
+            f"moecc::{name} has no gradient; run forward under torch.no_grad(), or set "
+            "requires_grad before the model is compiled, and moecc leaves it alone"
+        )
+
+    return backward
 
 
 def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]):
@@ -135,6 +149,7 @@ def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., t
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moecc::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"moecc::{name}", _refuse_gradient(name), lib=_library)
 
 
 _define(

@@ -132,6 +132,22 @@ def test_a_transformers_model_in_grad_mode_trains_as_before() -> None:
     assert "gradients are wanted" in str(report)
 
 
+@pytest.mark.parametrize("road", ["eager", "compiled"])
+def test_a_router_trained_alone_gets_its_gradient(road: str) -> None:
+    model: Any = tiny_model("qwen3_moe")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp.gate" in name)
+    ids = torch.randint(3, 99, (1, 8))
+    routers = [layer.mlp.gate.weight for layer in model.model.layers]
+    model(ids).logits.square().sum().backward()
+    expected = [router.grad.clone() for router in routers]
+    model.zero_grad()
+    compiled = torch.compile(model, backend="moecc", options={"inner": "aot_eager"})
+    (model if road == "eager" else compiled)(ids).logits.square().sum().backward()
+    for router, gradient in zip(routers, expected, strict=True):
+        torch.testing.assert_close(router.grad, gradient)
+
+
 class _Wrapped(torch.Tensor):
     """A tensor subclass that we do not know, as tensor-parallel or quantized weights are."""
 

@@ -8,6 +8,7 @@ import torch
 
 import moecc
 from moecc.codegen import emit
+from moecc.codegen.native import emit as native
 from moecc.runtime.errors import StrictError
 from moecc.tiny import tiny_model
 from tests.models import BatchedMoe, relative_error, tokens
@@ -18,6 +19,7 @@ OPTIONS = {"inner": "eager"}
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    native._load.cache_clear()
     emit.choose.cache_clear()
     yield
     emit.choose.cache_clear()

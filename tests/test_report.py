@@ -1,6 +1,5 @@
 import json
 
-import pytest
 import torch
 from torch import nn
 
@@ -38,11 +37,10 @@ def test_a_model_never_called_is_said_to_be_so() -> None:
     assert moecc.report(model).notes
 
 
-def test_dynamos_recompile_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+def test_dynamos_recompile_limit_is_noticed() -> None:
     model = nn.Linear(2, 2)
     compiled = torch.compile(model, backend="moecc", dynamic=False, options=OPTIONS)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         for rows in range(1, 5):
             compiled(torch.ones(rows, 2))
     assert "recompile limit" in str(moecc.report(model))

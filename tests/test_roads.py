@@ -75,7 +75,7 @@ def test_a_model_that_was_not_compiled_keeps_its_own_experts() -> None:
     other: Any = tiny_model("qwen3_moe")
     other.generate(PROMPT, **SETTINGS)
     assert moecc.report(other).eager is None
-    assert "never compiled" in str(moecc.report(other))
+    assert "none of its modules was adopted" in moecc.report(other).notes[0]
 
 
 def test_a_released_model_is_its_old_self() -> None:
@@ -139,3 +139,62 @@ def test_comparing_generates_the_same_tokens_and_leaves_the_model_as_it_was() ->
     assert "forward" not in model.__dict__
     assert moecc.report(model).eager is None
     assert sum(graph.calls for graph in moecc.report(model).graphs) == 3 * 4
+
+
+def test_an_experts_implementation_that_somebody_registered_is_theirs() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
+
+    def tripled(*args: Any) -> torch.Tensor:
+        return 3 * batched_mm_experts_forward(*args)
+
+    ALL_EXPERTS_FUNCTIONS.register("tripled", tripled)
+    model: Any = tiny_model("qwen3_moe")
+    model.set_experts_implementation("tripled")
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        compiled = torch.compile(model, backend="moecc", options=OPTIONS)
+        torch.testing.assert_close(model(PROMPT).logits, expected)
+        torch.testing.assert_close(compiled(PROMPT).logits, expected)
+
+
+def test_a_model_beside_an_adopted_one_may_be_called_by_its_own_names() -> None:
+    torch.compile(tiny_model("qwen3_moe"), backend="moecc", options=OPTIONS)
+    other: Any = tiny_model("gpt_oss")
+    other.set_experts_implementation("eager")
+    experts = other.model.layers[0].mlp.experts
+    hidden, ids, weights = torch.randn(3, 64), torch.randint(0, 8, (3, 2)), torch.rand(3, 2)
+    with torch.no_grad():
+        expected = experts(hidden, ids, weights)
+        named = experts(hidden, routing_weights=weights, router_indices=ids)
+        assert torch.equal(named, expected)
+        torch.compile(other, backend="moecc", options=OPTIONS)
+        named = experts(hidden, routing_weights=weights, router_indices=ids)
+        torch.testing.assert_close(named, expected)
+    assert moecc.report(other).eager.calls == 1
+
+
+def test_a_tracer_of_an_adopted_model_records_the_models_own_code() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model: Any = tiny_model("qwen3_moe")
+    model.set_experts_implementation("batched_mm")
+    torch.compile(model, backend="moecc", options=OPTIONS)
+    experts = model.model.layers[0].mlp.experts
+    ids, weights = torch.randint(0, 8, (3, 2)), torch.rand(3, 2)
+    with torch.no_grad():
+        traced = make_fx(lambda hidden: experts(hidden, ids, weights))(torch.randn(3, 64))
+        hidden = torch.randn(3, 64)
+        torch.testing.assert_close(traced(hidden), experts(hidden, ids, weights))
+
+
+def test_another_activation_after_adoption_is_the_one_that_runs() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    inputs = torch.randn(3, 64), torch.randint(0, 8, (3, 2)), torch.rand(3, 2)
+    torch.compile(model, backend="moecc", options=OPTIONS)
+    with torch.no_grad():
+        experts(*inputs)
+        experts.act_fn = torch.nn.ReLU()
+        got = experts(*inputs)
+        transformers_experts.release(model)
+        torch.testing.assert_close(got, experts(*inputs))

@@ -60,8 +60,12 @@ def find_compiler() -> tuple[str, ...]:
 def _find_compiler(chosen: str, path: str) -> tuple[str, ...]:
     tried: list[str] = []
     for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
-        words = tuple(shlex.split(command))
-        if shutil.which(words[0], path=path) is None:
+        try:
+            words = tuple(shlex.split(command))
+        except ValueError as error:
+            tried.append(f"{command!r}: {error}")
+            continue
+        if not words or shutil.which(words[0], path=path) is None:
             tried.append(f"{command!r}: not found")
             continue
         try:
@@ -77,7 +81,17 @@ def _find_compiler(chosen: str, path: str) -> tuple[str, ...]:
 
 
 def build(source: str, compiler: tuple[str, ...]) -> Path:
-    """Return the library of `source`, built with `compiler` unless a sound one is cached."""
+    """Return the library of `source`, built with `compiler` unless a sound one is cached.
+
+    Raises `BuildError` also when the library cannot be written, or CXXFLAGS cannot be read.
+    """
+    try:
+        return _build(source, compiler)
+    except (OSError, ValueError) as error:
+        raise BuildError(f"building a kernel failed: {error}") from error
+
+
+def _build(source: str, compiler: tuple[str, ...]) -> Path:
     command = (*compiler, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
     identity = "\0".join([source, *command, _version(compiler), cpu_identity()])
     name = hashlib.sha256(identity.encode()).hexdigest()[:32]
@@ -89,17 +103,18 @@ def build(source: str, compiler: tuple[str, ...]) -> Path:
 
 def cache_folder() -> Path:
     """Return the owner-only folder that holds built libraries, creating it if needed."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
-    folder = base / "moecc"
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
+        folder = (root if root.is_absolute() else Path.home() / ".cache") / "moecc"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.lstat()
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
             raise PermissionError(f"{folder} is not a folder that belongs to this user")
         if info.st_mode & 0o077:
             folder.chmod(0o700)
-    except OSError as error:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         log.warning("kernels are not kept after this process: %s", error)
         return _temporary_folder()
     return folder

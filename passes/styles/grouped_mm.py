@@ -15,7 +15,7 @@ from moecc.passes.styles.style import Style, flat
 _SORTED = bind("sorted", call("sort", flat(bind("ids"))))
 _IDS = call("getitem", _SORTED, 0)
 _ORDER = call("getitem", _SORTED, 1)
-_OFFSETS = call("cumsum", call("histc", cast(_IDS)))
+_OFFSETS = call("cumsum", call("histc", cast(_IDS), bins=bind("bins"), min=0, max=bind("last")))
 
 
 def _product(rows: object, weight: str) -> Either:
