@@ -59,7 +59,7 @@ class Kernel:
     """`triton`, `native` or `torch`."""
     run: ExpertsFn
     source: str
-    """The emitted code as text, for `moecc kernels` and MOECC_DUMP."""
+    """The emitted code as text, for `moecc passes --dump` and MOECC_DUMP."""
 
     @property
     def key(self) -> str:

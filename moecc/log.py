@@ -3,7 +3,7 @@
 import logging
 import os
 
-TOPICS = ("capture", "passes", "kernels")
+TOPICS = ("passes", "kernels")
 
 
 def install() -> None:

@@ -5,7 +5,7 @@ Node fields are FX node names; None stands for an input that the block does not 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -114,6 +114,6 @@ class Outcome:
 
     program: Program
     rewrites: int = 0
-    misses: tuple[Miss, ...] = field(default=())
+    misses: tuple[Miss, ...] = ()
     note: str = ""
     """One line for the table of passes."""

@@ -1,4 +1,4 @@
-"""Hold everything a user may decide: `torch.compile(..., options={...})` and `moecc.load(...)`."""
+"""Hold everything a user may decide: `torch.compile(..., options={...})`."""
 
 import re
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
 """Recognise the ways of writing a MoE block, one a file.
 
-A style says where to look (`ANCHOR`, the name of the block's last node) and what has to be there
-(`OUTPUT`, a pattern that binds the block's inputs). Its docstring shows the source it recognises.
+A style says where to look (`anchor`, the name of the block's last node) and what has to be there
+(`output` and `first`, patterns that bind the block's inputs). The docstring of its file shows the
+source it recognises.
 """
 
 from moecc.passes.styles import batched_mm, canonical, grouped_mm
