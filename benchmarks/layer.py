@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -64,6 +65,8 @@ def main() -> None:
     arguments = parser.parse_args()
     narrow_to(arguments.isa)
     warnings.filterwarnings("ignore", module="torch._dynamo")
+    # Inductor's pool of compile processes starts at the first compile and would work beside us.
+    torch._inductor.config.compile_threads = 1
     print(machine())
     bandwidth, rate = read_bandwidth(), product_rate()
     print(f"reads {bandwidth / 1e9:.1f} GB/s, float32 products {rate / 1e9:.0f} GFLOP/s")
@@ -154,7 +157,7 @@ def _kernel(layer: Qwen3MoeExperts) -> Callable[..., torch.Tensor]:
     )
     run = emit(spec).run
     return lambda hidden, ids, weights: run(
-        hidden, ids, weights, layer.gate_up_proj, layer.down_proj, None, None
+        hidden, ids, weights, layer.gate_up_proj, layer.down_proj, None, None, None
     )
 
 

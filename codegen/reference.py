@@ -31,6 +31,7 @@ def experts_torch(
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the block one active expert at a time; shapes as in `ExpertsFn`.
 
@@ -44,6 +45,8 @@ def experts_torch(
             continue
         token, slot = torch.where(ids == expert)
         first, second = gate_up[expert], down[expert]
+        if up is not None:
+            first = torch.cat([first, up[expert]], dim=1 if spec.transposed else 0)
         if not spec.transposed:
             first, second = first.T, second.T
         rows = hidden[token].to(spec.dtype) @ first
@@ -67,7 +70,9 @@ def emit(spec: KernelSpec) -> Kernel:
         down: torch.Tensor,
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
+        up: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return experts_torch(spec, hidden, ids, weights, gate_up, down, gate_up_bias, down_bias)
+        biases = (gate_up_bias, down_bias)
+        return experts_torch(spec, hidden, ids, weights, gate_up, down, *biases, up)
 
     return Kernel(spec=spec, emitter="torch", run=run, source=inspect.getsource(experts_torch))

@@ -33,6 +33,8 @@ class KernelSpec:
     """Weights are stored input-major: [E, H, 2I] and [E, I, H]."""
     bias: bool
     """Both products have a bias."""
+    split: bool = False
+    """Gate and up are two tensors of I rows each instead of one of 2I."""
     device: str
     """A torch device type: cpu, cuda."""
 
@@ -44,7 +46,8 @@ class KernelSpec:
     @property
     def key(self) -> str:
         """A stable name: the kernel's identity in graphs, reports and caches."""
-        flags = [name for name in ("interleaved", "transposed", "bias") if getattr(self, name)]
+        names = ("interleaved", "transposed", "bias", "split")
+        flags = [name for name in names if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"E{self.experts} H{self.hidden} I{self.intermediate}"
         return " ".join([str(self.activation), dtype, shape, *flags, self.device])

@@ -148,6 +148,7 @@ def bind(launches: Launches) -> ExpertsFn:
         down: torch.Tensor,
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
+        up: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x = Inputs(
             hidden=hidden.contiguous(),
@@ -181,6 +182,8 @@ def emit(spec: KernelSpec) -> Kernel:
     if spec.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise UnsupportedSpec(f"the triton kernels take {known} weights, not {spec.dtype}")
+    if spec.split:
+        raise UnsupportedSpec("the triton kernels read gate and up from one tensor")
     launches = plan_launches(spec)
     modules = dict.fromkeys(inspect.getmodule(launch.kernel.fn) for launch in launches.every())
     source = "\n\n".join(

@@ -198,6 +198,7 @@ def _run_eager(
         cast(torch.Tensor, module.down_proj),
         getattr(module, f"{first}_bias", None) if module.has_bias else None,
         getattr(module, "down_proj_bias", None) if module.has_bias else None,
+        None,
     )
 
 

@@ -4,7 +4,7 @@ Needs: blocks.  Adds: nothing.  Graph: each block becomes one `moecc.experts` no
 
     sort, gather, grouped_mm, chunk, silu, mul, grouped_mm, mul, unsort, sum
 →
-    moecc.experts(hidden, ids, weights, gate_up, down, None, None, kernel)
+    moecc.experts(hidden, ids, weights, gate_up, down, None, None, None, kernel)
 
 The node names the torch kernel, so the graph runs as it is; `lower` puts a faster one in its place.
 """
@@ -48,6 +48,7 @@ def kernel_spec(block: MoeBlock) -> KernelSpec:
         interleaved=block.interleaved,
         transposed=block.transposed,
         bias=block.gate_up_bias is not None,
+        split=block.up is not None,
         device=block.device,
     )
 
@@ -68,7 +69,7 @@ def _fuse(
     old = nodes[block.output]
     inputs = (
         block.hidden, block.ids, block.weights, block.gate_up, block.down,
-        block.gate_up_bias, block.down_bias,
+        block.gate_up_bias, block.down_bias, block.up,
     )  # fmt: skip
     args = [nodes[name] if name is not None else None for name in inputs]
     hidden = nodes[block.hidden].meta["example_value"]

@@ -32,7 +32,9 @@ class MoeBlock:
     weights: str
     """[T, K] their weights in the sum."""
     gate_up: str
-    """[E, 2I, H]; [E, H, 2I] when transposed; I instead of 2I when not gated."""
+    """[E, 2I, H]; [E, H, 2I] when transposed; I instead of 2I when not gated, or with `up`."""
+    up: str | None = None
+    """[E, I, H]; [E, H, I] when transposed: gate and up are two tensors, `gate_up` is the gate."""
     down: str
     """[E, H, I]; [E, I, H] when transposed."""
     gate_up_bias: str | None

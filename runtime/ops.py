@@ -28,6 +28,7 @@ ExpertsFn = Callable[
         torch.Tensor,  # down          [E, H, I]    or [E, I, H] when transposed
         torch.Tensor | None,  # gate_up_bias  [E, 2I]
         torch.Tensor | None,  # down_bias     [E, H]
+        torch.Tensor | None,  # up            [E, I, H] or [E, H, I]; gate_up is the gate alone then
     ],
     torch.Tensor,  # [T, H], dtype and device of hidden
 ]
@@ -53,6 +54,7 @@ def _experts(
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    up: torch.Tensor | None,
     kernel: str,
 ) -> torch.Tensor:
     run = _kernels.get(kernel)
@@ -62,7 +64,7 @@ def _experts(
             "graphs have to be compiled by moecc here before they run"
         )
     calls[kernel] += 1
-    return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias)
+    return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up)
 
 
 def _expert_linear(
@@ -109,6 +111,7 @@ def _fake_experts(
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    up: torch.Tensor | None,
     kernel: str,
 ) -> torch.Tensor:
     _refuse_meta(gate_up)
@@ -154,7 +157,7 @@ def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., t
 
 _define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, str kernel) -> Tensor",
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, str kernel) -> Tensor",
     _experts,
     _fake_experts,
 )

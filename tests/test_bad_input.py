@@ -182,6 +182,7 @@ def test_weights_without_data_are_refused_loudly() -> None:
             torch.empty(2, 4, 4, device="meta"),
             None,
             None,
+            None,
             "torch: any",
         )
 
@@ -196,4 +197,4 @@ def ops_call(x: torch.Tensor) -> torch.Tensor:
     ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     w = torch.randn(1, 4, 4)
     assert "nothing" not in ops.calls
-    return torch.ops.moecc.experts(x, ids, weights, w, w, None, None, "nothing")
+    return torch.ops.moecc.experts(x, ids, weights, w, w, None, None, None, "nothing")

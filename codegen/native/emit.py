@@ -75,6 +75,7 @@ def emit(spec: KernelSpec) -> Kernel:
         down: torch.Tensor,
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
+        up: torch.Tensor | None = None,
     ) -> torch.Tensor:
         _check_routing(spec, hidden, ids, weights)
         _check_weight("gate_up", gate_up, spec, shapes[0], strided=True)
@@ -122,6 +123,8 @@ def write(spec: KernelSpec) -> str:
     if spec.dtype not in _WEIGHT:
         names = ", ".join(str(dtype) for dtype in _WEIGHT)
         raise UnsupportedSpec(f"native kernels read {names}, not {spec.dtype}")
+    if spec.split:
+        raise UnsupportedSpec("native kernels read gate and up from one tensor")
     flags = ("gated", "interleaved", "transposed", "bias")
     facts = [
         f"// {spec.activation} {spec.dtype}",

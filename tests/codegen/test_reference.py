@@ -62,7 +62,7 @@ def test_the_experts_operator_passes_torchs_own_checks() -> None:
     ops.install(kernel.key, kernel.run)
     args = (
         torch.randn(T, H), torch.randint(0, E, (T, K)), torch.rand(T, K),
-        torch.randn(E, 2 * I, H), torch.randn(E, H, I), None, None, kernel.key,
+        torch.randn(E, 2 * I, H), torch.randn(E, H, I), None, None, None, kernel.key,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moecc.experts.default, args, test_utils=checks)
