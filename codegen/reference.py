@@ -4,7 +4,7 @@ The definition that every emitter is tested against, and what runs where there i
 """
 
 import inspect
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 
@@ -12,7 +12,21 @@ from moecc.codegen.activation import evaluate
 from moecc.codegen.spec import Kernel, KernelSpec
 
 
-def split_gate_up(rows: torch.Tensor, spec: KernelSpec) -> dict[str, torch.Tensor]:
+class GateUpLayout(Protocol):
+    """How the outputs of a first product lie."""
+
+    @property
+    def gated(self) -> bool:
+        """Half of them are gates."""
+        ...
+
+    @property
+    def interleaved(self) -> bool:
+        """Gates and ups alternate."""
+        ...
+
+
+def split_gate_up(rows: torch.Tensor, spec: GateUpLayout) -> dict[str, torch.Tensor]:
     """Name the halves of the first product [..., 2I]: `gate` and `up`, or `x` if not gated."""
     if not spec.gated:
         return {"x": rows}

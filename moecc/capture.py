@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moecc import transformers_experts
+from moecc import module_experts, transformers_experts
 from moecc.passes.ir import Miss
 from moecc.passes.options import Options
 
@@ -41,6 +41,18 @@ def install(backend: Callable[..., Any]) -> None:
         why = f"torch {torch.__version__} has no OptimizeContext ({error}); models are not adopted"
         _missing.append(Miss(where="capture", why=why))
     transformers_experts.install(traced_by_us, note)
+
+
+def adopt(model: torch.nn.Module, options: Options) -> None:
+    """Let the experts of a model use our kernels, outside Dynamo too."""
+    transformers_experts.adopt(model, options)
+    module_experts.adopt(model, options, traced_by_us, note)
+
+
+def release(model: torch.nn.Module) -> None:
+    """Give an adopted model its own experts back."""
+    transformers_experts.release(model)
+    module_experts.release(model)
 
 
 def note(where: str, why: str) -> None:
@@ -87,7 +99,7 @@ def _hook_compile(context: Any) -> None:
             transformers_experts.install(traced_by_us, note)
             model = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
             if isinstance(model, torch.nn.Module):
-                transformers_experts.adopt(model, options)
+                adopt(model, options)
         return original(self, fn)
 
     context.__call__ = compile_and_adopt

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from moecc import transformers_experts
+from moecc import capture
 from moecc.passes.options import Options
 
 Progress = Callable[[int, float], None]
@@ -90,7 +90,7 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Generator[None]:
     key = repr(sorted(options.items()))
     if key not in known:
         known[key] = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
-    transformers_experts.adopt(model, Options.parse(options))
+    capture.adopt(model, Options.parse(options))
     model.forward = known[key]
     try:
         yield
@@ -98,7 +98,7 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Generator[None]:
         del model.forward
         if before is not None:
             model.forward = before
-        transformers_experts.release(model)
+        capture.release(model)
 
 
 _compiled: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.WeakKeyDictionary()

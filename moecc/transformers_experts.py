@@ -176,7 +176,7 @@ def _run_eager(
     """Run adopted experts with our kernel, and everyone else's as they are."""
     road = adopted.get(module)
     inputs = _in_order(args, kwargs)
-    if road is None or _is_recorded():
+    if road is None or is_recorded():
         return own(module, *args, **kwargs)
     why = _refusal(module, inputs)
     kernel = None if why else _kernel(module, road)
@@ -202,7 +202,7 @@ def _run_eager(
     )
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Tell whether somebody records or transforms calls; kernels are invisible to them.
 
     functorch (vmap, jvp), a tracer (jit, export), or a dispatch mode (make_fx, FLOP counters).

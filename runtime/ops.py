@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from moecc.runtime import bank
 from moecc.runtime.errors import InputError
 
 ExpertsFn = Callable[
@@ -64,6 +65,7 @@ def _experts(
             "graphs have to be compiled by moecc here before they run"
         )
     calls[kernel] += 1
+    bank.refresh(gate_up)
     return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up)
 
 
@@ -75,6 +77,7 @@ def _expert_linear(
     transposed: bool,
 ) -> torch.Tensor:
     calls["torch: expert_linear"] += 1
+    bank.refresh(weight)
     chosen, slots = ids.reshape(-1), ids.shape[1]
     out = x.new_zeros(len(chosen), weight.shape[2 if transposed else 1], dtype=weight.dtype)
     for expert in cast(list[int], ids.unique().tolist()):

@@ -1,0 +1,236 @@
+"""Take over the experts of modules that call them one by one.
+
+Such a block calls its experts from a Python loop, which Dynamo breaks up or unrolls. When a model
+is compiled, every module that holds modules of one class, or stacked parameters, is observed
+(`moecc.observe`). Where its forward is a weighted sum of experts, its class gets a dispatcher in
+front of forward: while our backend traces, the observed function with one call of experts runs
+instead of the loop, and outside of Dynamo too, with our kernel. Every other instance, backend and
+call gets the forward as it was. Experts that are modules have their parameters moved into one bank
+for each product (`moecc.runtime.bank`).
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecc.module_recipes import MARK, Recipe, bank_experts, learn
+from moecc.observe.block import plain_state
+from moecc.observe.recorder import Unrecordable
+from moecc.passes.options import Options
+from moecc.runtime.errors import InputError, StrictError
+from moecc.transformers_experts import Road, adopted, is_recorded
+
+
+class Raised:
+    """What an adopted block carries: its recipe, and the banks of experts that are modules."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor
+    down_bias: torch.Tensor
+
+    def __init__(self, recipe: Recipe, banks: dict[str, torch.Tensor]) -> None:
+        self.recipe = recipe
+        self.__dict__.update(banks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as None: a copy of the model is one that was not adopted."""
+        return type(None), ()
+
+
+_forwards: dict[type[nn.Module], Callable[..., Any]] = {}
+"""The own forward of every class that has our dispatcher in front."""
+
+
+def adopt(
+    model: nn.Module,
+    options: Options,
+    traced_by_us: Callable[[], bool],
+    note: Callable[[str, str], None],
+) -> None:
+    """Raise every block of a model that can be; `note` takes path and reason of those that cannot.
+
+    A module that merely holds alike children, such as a stack of layers, is not worth a note.
+    """
+    done: set[nn.Module] = set()
+    recipes: dict[Any, Recipe | Unrecordable] = {}
+    for path, module, experts in _candidates(model):
+        if getattr(module, MARK, None) is not None:
+            done.update(experts or [module])
+        if done.intersection([*experts, *module.children(), module]):
+            continue  # the module inside this one that holds the experts was raised
+        try:
+            _raise(module, experts, options, recipes)
+        except (Unrecordable, InputError) as error:
+            if isinstance(error, InputError) or error.routes:
+                note(path or type(module).__name__, f"its experts stay a loop: {error}")
+            continue
+        done.update(experts or [module])
+        _put_in_front(type(module), traced_by_us, note)
+
+
+def release(model: nn.Module) -> None:
+    """Give the blocks of a model their own forwards back; parameters stay where they are."""
+    for module in model.modules():
+        if module.__dict__.pop(MARK, None) is not None:
+            adopted.pop(module, None)
+    in_use = Counter(type(module) for module in adopted)
+    for kind in [kind for kind in _forwards if not in_use[kind]]:
+        kind.forward = _forwards.pop(kind)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Sequence[nn.Module]]]:
+    """List modules that could be blocks, inner ones first, with what could be their experts.
+
+    Either they hold several modules of one class, directly or in a container, or several stacked
+    parameters; then the experts are parts of those, and no modules are listed.
+    """
+    for path, module in reversed(list(model.named_modules())):
+        if type(module).forward in (nn.Module.forward, nn.Sequential.forward):
+            continue  # a mere container
+        if any(one in adopted and not hasattr(one, MARK) for one in module.modules()):
+            continue  # transformers' own experts
+        for holder in (module, *module.children()):
+            inside = [*holder.children()]
+            if holder is not module and not isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
+                continue
+            kinds = {type(child) for child in inside}
+            if len(inside) > 1 and len(kinds) == 1 and not kinds & _NO_EXPERTS:
+                yield path, module, inside
+        near = [weight for one in (module, *module.children()) for weight in _stacked(one)]
+        if len(near) > 1:
+            yield path, module, ()
+
+
+_NO_EXPERTS: set[type[nn.Module]] = {nn.Linear, nn.Dropout, nn.LayerNorm, nn.Embedding, nn.Identity}
+_LAYERS = (nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.Bilinear)
+
+
+def _stacked(module: nn.Module) -> list[nn.Parameter]:
+    """List parameters that a module multiplies by in its own way."""
+    if isinstance(module, _LAYERS) or type(module).__module__.startswith("torch.nn.modules.conv"):
+        return []
+    return [one for one in module._parameters.values() if one is not None and one.dim() >= 2]
+
+
+def _raise(
+    module: nn.Module,
+    experts: Sequence[nn.Module],
+    options: Options,
+    recipes: dict[Any, Recipe | Unrecordable],
+) -> None:
+    """Observe a block, or use what was learned from one like it; bank its experts and mark it."""
+    if _has_hooks([*module.modules()]):
+        raise Unrecordable("it or its experts have hooks, which a rewrite would not call")
+    if module.training:
+        raise Unrecordable("it is in training mode; call eval() before torch.compile")
+    if len({_kind(one) for one in experts}) > 1:
+        raise Unrecordable("its experts are not all alike")
+    key = (type(module), _kind(module), bool(experts))
+    if key not in recipes:
+        try:
+            recipes[key] = learn(module, experts, options.kernels)
+        except Unrecordable as error:
+            recipes[key] = error
+    recipe = recipes[key]
+    if isinstance(recipe, Unrecordable):
+        raise recipe
+    banks = bank_experts(module, experts, recipe.expert) if experts else {}
+    setattr(module, MARK, Raised(recipe, banks))
+    adopted[module] = Road(options, recipe.kernel, declined=recipe.declined)
+
+
+def _put_in_front(
+    kind: type[nn.Module], traced_by_us: Callable[[], bool], note: Callable[[str, str], None]
+) -> None:
+    """Put the dispatcher before the forward of a class, once."""
+    if kind in _forwards:
+        return
+    own = _forwards[kind] = kind.forward
+
+    @torch.compiler.assume_constant_result
+    def is_ours() -> bool:
+        return traced_by_us()
+
+    @torch.compiler.assume_constant_result
+    def refuse(why: str) -> bool:
+        note(kind.__name__, why)
+        return True
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raised: Raised | None = getattr(self, MARK, None)
+        if raised is None:
+            return own(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            if not is_ours():
+                return own(self, *args, **kwargs)
+            why = _refusal(self, raised.recipe, args, kwargs)
+            if why and refuse(why):
+                return own(self, *args, **kwargs)
+            return raised.recipe.forms[_dims(args)](self, *args)
+        return _run_eager(self, own, raised, args, kwargs)
+
+    kind.forward = forward
+
+
+def _run_eager(
+    module: nn.Module, own: Callable[..., Any], raised: Raised, args: Any, kwargs: Any
+) -> Any:
+    road = adopted.get(module)
+    if road is None or is_recorded():
+        return own(module, *args, **kwargs)
+    why = _refusal(module, raised.recipe, args, kwargs)
+    road.why = why or road.declined
+    if road.why and road.options.strict:
+        raise StrictError(f"strict=True and {type(module).__name__} falls back: {road.why}")
+    if why:
+        road.own_calls += 1
+        return own(module, *args, **kwargs)
+    road.calls += 1
+    return raised.recipe.forms[_dims(args)](module, *args)
+
+
+def _refusal(module: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: Any) -> str:
+    """Say why a call is not one that was observed, or nothing."""
+    if kwargs or any(type(one) not in (torch.Tensor, nn.Parameter) for one in args):
+        return "it is called with other arguments than the tensors it was observed with"
+    if _dims(args) not in recipe.forms:
+        return f"it was not observed with inputs of {_dims(args)} dimensions"
+    if any(one.is_floating_point() and one.dtype != recipe.expert.dtype for one in args):
+        return f"its input is not {recipe.expert.dtype}, as its experts are"
+    if torch.is_grad_enabled():
+        wanted = any(one.requires_grad for one in args)
+        if wanted or any(parameter.requires_grad for parameter in module.parameters()):
+            return "gradients are wanted, and fused experts have none; run under torch.no_grad()"
+    for path, name, value in recipe.state:
+        owner: Any = module
+        for part in path:
+            owner = getattr(owner, part)
+        if getattr(owner, name) != value:
+            return f"{'.'.join((*path, name))} is not {value!r} any more"
+        if owner._forward_hooks or owner._forward_pre_hooks:
+            return "a module in it has hooks, which a rewrite would not call"
+    return ""
+
+
+def _dims(args: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple([one.dim() for one in args])
+
+
+def _has_hooks(modules: Sequence[nn.Module]) -> bool:
+    return any(one._forward_hooks or one._forward_pre_hooks for one in modules)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Describe what a module's forward can go by: classes, plain attributes, shapes, dtypes."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return (
+        tuple((path, type(child)) for path, child in module.named_modules()),
+        plain_state(module),
+        tuple((path, one.shape, one.dtype, str(one.device)) for path, one in tensors),
+    )

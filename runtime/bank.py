@@ -1,0 +1,120 @@
+"""Keep the experts of a block, which the model holds as many small parameters, in one tensor each.
+
+Kernels read experts from `[E, ., .]` tensors. A model with a module for each expert gets its
+parameters moved into such a tensor, once, and each parameter becomes a view of its place there:
+weights exist once, the model's own code and `state_dict` see what they always saw, and an optimizer
+or `load_state_dict` writes where kernels read.
+
+Parameters can be moved away again behind our back (`.data = ...`, `load_state_dict(assign=True)`).
+So whoever is about to read a bank calls `refresh`, which looks at every parameter's address and
+copies back what has moved.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from moecc.runtime.errors import InputError
+
+_ATTRIBUTE = "moecc_bank"
+
+Place = tuple[nn.Module, str]
+"""A module and the name of its parameter."""
+
+
+class Bank:
+    """The tensors of one block's experts and where the model's parameters lie in them.
+
+    `tensors[name]` is [E, ...]; `parts[name][e]` lists the parameters that lie one after another in
+    `tensors[name][e]`.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        experts: Sequence[nn.Module],
+        parts: Mapping[str, Sequence[Sequence[Place]]],
+    ) -> None:
+        """Move the parameters of a block's experts into tensors of their own.
+
+        Raises `InputError` when they are not alike, shared, or without data.
+        """
+        self.tensors: dict[str, torch.Tensor] = {}
+        inside = {module for expert in experts for module in expert.modules()}
+        self._links = [
+            (parent._modules, name, child)
+            for parent in block.modules()
+            for name, child in parent._modules.items()
+            if child is not None and not inside.isdisjoint(child.modules())
+        ]
+        self._places: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        seen: set[int] = set()
+        found = {
+            name: [[_parameter(place, seen) for place in places] for places in every]
+            for name, every in parts.items()
+        }  # before anything moves
+        for name, every in parts.items():
+            bank = torch.stack([torch.cat(one) for one in found.pop(name)])
+            for number, places in enumerate(every):
+                self._place(bank[number], places)
+            setattr(bank, _ATTRIBUTE, self)
+            self.tensors[name] = bank
+
+    def _place(self, row: torch.Tensor, places: Sequence[Place]) -> None:
+        sizes = [cast(torch.Tensor, owner._parameters[name]).shape[0] for owner, name in places]
+        for view, (owner, name) in zip(row.split(sizes), places, strict=True):
+            cast(torch.Tensor, owner._parameters[name]).data = view
+            self._places.append((cast(Any, owner._parameters), name, view, view.data_ptr()))
+
+    def refresh(self) -> int:
+        """Copy back every parameter that has moved; return how many had.
+
+        Raises `InputError` when the experts are no longer those that were compiled.
+        """
+        for children, name, child in self._links:
+            if children.get(name) is not child:
+                raise InputError(
+                    f"expert module {name!r} was replaced after torch.compile; {_AGAIN}"
+                )
+        moved = 0
+        for parameters, name, view, address in self._places:
+            now = parameters.get(name)
+            if now is None or (now.data_ptr() != address and not _fits(now, view)):
+                raise InputError(
+                    f"expert parameter {name!r} changed its shape, dtype or device after "
+                    f"torch.compile; {_AGAIN}"
+                )
+            if now.data_ptr() != address:
+                view.copy_(now.data)
+                now.data = view
+                moved += 1
+        return moved
+
+
+_AGAIN = "call torch.compile(model, backend='moecc') again"
+
+
+def refresh(weight: torch.Tensor) -> None:
+    """Bring a weight up to date if it belongs to a bank."""
+    bank = getattr(weight, _ATTRIBUTE, None)
+    if bank is not None:
+        bank.refresh()
+
+
+def _fits(tensor: torch.Tensor, view: torch.Tensor) -> bool:
+    same = (tensor.shape, tensor.dtype, tensor.device) == (view.shape, view.dtype, view.device)
+    return same and not tensor.is_meta
+
+
+def _parameter(place: Place, seen: set[int]) -> torch.Tensor:
+    owner, name = place
+    parameter = owner._parameters.get(name)
+    if type(parameter) is not nn.Parameter or parameter.is_meta:
+        kind = type(parameter).__name__
+        raise InputError(f"expert parameter {name!r} is a {kind} without data of its own")
+    if id(parameter) in seen:
+        raise InputError(f"expert parameter {name!r} is shared between experts")
+    seen.add(id(parameter))
+    return parameter.data
