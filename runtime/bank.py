@@ -11,12 +11,13 @@ copies back what has moved.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from moecc.runtime.errors import InputError
+from moecc.runtime.modules import children_of, parameters_of
 
 _ATTRIBUTE = "moecc_bank"
 
@@ -44,12 +45,12 @@ class Bank:
         self.tensors: dict[str, torch.Tensor] = {}
         inside = {module for expert in experts for module in expert.modules()}
         self._links = [
-            (parent._modules, name, child)
+            (children_of(parent), name, child)
             for parent in block.modules()
-            for name, child in parent._modules.items()
+            for name, child in children_of(parent).items()
             if child is not None and not inside.isdisjoint(child.modules())
         ]
-        self._places: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        self._places: list[tuple[dict[str, nn.Parameter | None], str, torch.Tensor, int]] = []
         seen: set[int] = set()
         found = {
             name: [[_parameter(place, seen) for place in places] for places in every]
@@ -63,10 +64,12 @@ class Bank:
             self.tensors[name] = bank
 
     def _place(self, row: torch.Tensor, places: Sequence[Place]) -> None:
-        sizes = [cast(torch.Tensor, owner._parameters[name]).shape[0] for owner, name in places]
-        for view, (owner, name) in zip(row.split(sizes), places, strict=True):
-            cast(torch.Tensor, owner._parameters[name]).data = view
-            self._places.append((cast(Any, owner._parameters), name, view, view.data_ptr()))
+        start = 0
+        for owner, name in places:
+            parameter = cast(nn.Parameter, parameters_of(owner)[name])
+            parameter.data = view = row[start : start + parameter.shape[0]]
+            start += parameter.shape[0]
+            self._places.append((parameters_of(owner), name, view, view.data_ptr()))
 
     def refresh(self) -> int:
         """Copy back every parameter that has moved; return how many had.
@@ -110,7 +113,7 @@ def _fits(tensor: torch.Tensor, view: torch.Tensor) -> bool:
 
 def _parameter(place: Place, seen: set[int]) -> torch.Tensor:
     owner, name = place
-    parameter = owner._parameters.get(name)
+    parameter = parameters_of(owner).get(name)
     if type(parameter) is not nn.Parameter or parameter.is_meta:
         kind = type(parameter).__name__
         raise InputError(f"expert parameter {name!r} is a {kind} without data of its own")

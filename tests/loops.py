@@ -213,9 +213,7 @@ class Apart(nn.Module):
         super().__init__()
         self.pool = nn.ModuleList(Glu(bias=True) for _ in range(EXPERTS))
 
-    def forward(
-        self, ids: torch.Tensor, weights: torch.Tensor, x: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)
         for number in ids.unique().tolist():
             token, slot = torch.where(ids == number)

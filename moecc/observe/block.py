@@ -14,12 +14,25 @@ from torch.utils._pytree import tree_flatten
 from moecc.observe.expert import Expert
 from moecc.observe.explain import TOLERANCE, explain
 from moecc.observe.inputs import Inputs, Shape, first_inputs, makers, other_inputs
-from moecc.observe.recorder import Recorder, Unrecordable
+from moecc.observe.recorder import Recorder
 from moecc.observe.rewrite import put_experts, write
 from moecc.observe.slices import RealExperts, Stacked, find_stacked
 from moecc.observe.stand_ins import Experts, StandIns, replaced
+from moecc.observe.unrecordable import Unrecordable
+from moecc.runtime.modules import named_modules
 
-_PLAIN = (bool, int, float, str, bytes, tuple, frozenset, type(None), torch.dtype, torch.device)
+_PLAIN: tuple[type, ...] = (
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    tuple,
+    frozenset,
+    type(None),
+    torch.dtype,
+    torch.device,
+)
 _WIDTHS = 3
 """How many guesses at the hidden size are tried."""
 
@@ -134,17 +147,17 @@ def _reason(error: Exception) -> str:
     return f"its forward failed on random inputs with {type(error).__name__}: {error}"
 
 
-def plain_state(module: nn.Module) -> tuple[tuple[str, str, Any], ...]:
+def plain_state(module: nn.Module) -> tuple[tuple[str, str, object], ...]:
     """List the plain attributes of a module and what is in it: what a forward may go by.
 
     Numbers, strings and tuples by value; any other object that is no tensor and no module by `id`.
     """
-    return tuple(
-        (path, name, value if isinstance(value, _PLAIN) else id(value))
-        for path, child in module.named_modules()
-        for name, value in attributes(child).items()
-        if not isinstance(value, torch.Tensor)
-    )
+    found: list[tuple[str, str, object]] = []
+    for path, child in named_modules(module):
+        for name, value in attributes(child).items():
+            if not isinstance(value, torch.Tensor):
+                found.append((path, name, value if isinstance(value, _PLAIN) else id(value)))
+    return tuple(found)
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -185,5 +198,6 @@ def _alike(got: Any, expected: Any) -> bool:
         return False
     if not expected.is_floating_point():
         return torch.equal(got, expected)
-    error = (got.double() - expected.double()).norm()
-    return bool(error <= TOLERANCE[expected.dtype] * expected.double().norm() + 1e-30)
+    wanted = expected.double()
+    error, size = (float((one * one).sum()) ** 0.5 for one in (got.double() - wanted, wanted))
+    return error <= TOLERANCE[expected.dtype] * size + 1e-30

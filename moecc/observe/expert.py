@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from moecc.codegen.activation import Expr
 from moecc.observe.products import Matrix, Product, products_before, read_product, through
-from moecc.observe.recorder import Recorder, Slice, Unrecordable
+from moecc.observe.recorder import Recorder, Slice
+from moecc.observe.unrecordable import Unrecordable
 from moecc.passes.activation import Activation, UnreadableActivation, read_activation
 from moecc.passes.pattern import op_name
 

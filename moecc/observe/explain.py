@@ -7,12 +7,9 @@ With experts f_e, the block is one of
     out[t] = sum_e gates[t, e] * f_e(hidden[t])                  gates, zero where not chosen
 
 where ids beyond the last expert add nothing, or the hidden state itself, and `gates` may be a mask
-[T, E] times a probability [T]. Whatever loop computed the sum, the values
-are among those that were recorded before the first expert and after the last. Stand-ins for the
-experts make a wrong guess give wrong numbers (`stand_ins`).
-
-Numbers alone would not see a rule that these inputs never met, so what is left out has to be made of
-selections, sums and products, and Python may have decided by ids only, never by a float.
+[T, E] times a probability [T]. Whatever loop computed the sum, the values are among those that were
+recorded before the first expert and after the last. Stand-ins for the experts make a wrong guess
+give wrong numbers (`stand_ins`), and what the guess leaves out is checked too (`left_out`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +20,9 @@ import torch
 from torch.fx import Node
 
 from moecc.observe.left_out import check_decisions, check_left_out
-from moecc.observe.recorder import Recorder, Unrecordable
+from moecc.observe.recorder import Recorder
 from moecc.observe.stand_ins import Experts, expert_result
+from moecc.observe.unrecordable import Unrecordable
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

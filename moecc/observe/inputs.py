@@ -48,7 +48,15 @@ def makers(module: nn.Module, shape: Shape) -> Iterator[Maker]:
         yield lambda batch, length, _: (hidden(batch * length),)
     elif len(wanted) == 3:
         for make, order in itertools.product((routed, batched), itertools.permutations(range(3))):
-            yield lambda *sizes, make=make, order=order: tuple(make(*sizes)[i] for i in order)
+            yield _reordered(make, order)
+
+
+def _reordered(make: Maker, order: tuple[int, ...]) -> Maker:
+    def made(batch: int, length: int, active: int) -> Inputs:
+        inputs = make(batch, length, active)
+        return tuple(inputs[place] for place in order)
+
+    return made
 
 
 def first_inputs(make: Maker, shape: Shape) -> Inputs:

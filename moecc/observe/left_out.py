@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from moecc.observe.recorder import Unrecordable, after
+from moecc.observe.recorder import after
 from moecc.observe.stand_ins import expert_result
+from moecc.observe.unrecordable import Unrecordable
 from moecc.passes.pattern import op_name
 
 if TYPE_CHECKING:

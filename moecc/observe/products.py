@@ -1,6 +1,5 @@
 """Read the matrix products in a recording: which part of which parameter multiplies what."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,7 +34,7 @@ class Product:
 
 def read_product(node: Node) -> Product | None:
     """Read `F.linear`, `x @ W` or `torch.addmm` with parts of parameters; None for all else."""
-    name, args = op_name(node), cast(tuple[Any, ...], node.args)
+    name, args = op_name(node), cast(list[Any], [*node.args])
     if name == "linear":
         bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
         rows, weight = args[0], _matrix(args[1], outputs_first=True)
@@ -59,16 +58,11 @@ def _matrix(node: Any, outputs_first: bool) -> Matrix | None:
     part: Slice | None = node.meta.get("slice") if isinstance(node, Node) else None
     if part is None or len(part.shape) != 2:
         return None
-    shape, strides = (
-        (part.shape, part.strides) if outputs_first else (part.shape[::-1], part.strides[::-1])
-    )
-    outputs, inputs = shape
-    if strides == (inputs, 1):
-        turned = False
-    elif strides == (1, outputs):
-        turned = True
-    else:
+    outputs, inputs = part.shape if outputs_first else part.shape[::-1]
+    strides = part.strides if outputs_first else part.strides[::-1]
+    if strides not in ((inputs, 1), (1, outputs)):
         return None
+    turned = strides != (inputs, 1)
     return Matrix(path=part.path, offset=part.offset, inputs=inputs, outputs=outputs, turned=turned)
 
 
@@ -93,23 +87,13 @@ def products_before(node: Node) -> list[Product]:
 def through(node: Node) -> Node:
     """Look through what gives its input back in eval mode."""
     while True:
-        if (op_name(node) in ("dropout", "feature_dropout") and not _drops(node)) or is_cast(node) or op_name(node) in ("clone", "detach"):
-            node = cast(Node, node.args[0])
-        else:
+        keeps = op_name(node) in ("dropout", "feature_dropout") and not _drops(node)
+        if not keeps and not is_cast(node) and op_name(node) not in ("clone", "detach"):
             return node
+        node = cast(Node, node.args[0])
 
 
 def _drops(node: Node) -> bool:
-    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
+    names = ("input", "p", "training")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return bool(given.get("training", True)) and given.get("p", 0.5) != 0
-
-
-def upstream(node: Node) -> Iterator[Node]:
-    """Walk everything that a value is computed from."""
-    waiting, seen = [node], set[Node]()
-    while waiting:
-        one = waiting.pop()
-        if one not in seen:
-            seen.add(one)
-            yield one
-            waiting += one.all_input_nodes

@@ -7,7 +7,7 @@ the module's own code does. What Python learned from tensor values is listed in 
 
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from moecc.observe.sizes import Size
+from moecc.observe.unrecordable import Unrecordable
 from moecc.passes.pattern import op_name
 
 PLAIN_PROPERTIES = {
@@ -25,8 +27,8 @@ PLAIN_PROPERTIES = {
     "ndim", "requires_grad",
 }  # fmt: skip
 _PLAIN_METHODS = {
-    "__len__", "dim", "dtype", "element_size", "get_device", "has_names", "is_complex", "is_contiguous",
-    "is_floating_point", "ndimension", "stride", "storage_offset",
+    "__len__", "dim", "dtype", "element_size", "get_device", "has_names", "is_complex",
+    "is_contiguous", "is_floating_point", "ndimension", "stride", "storage_offset",
 }  # fmt: skip
 _DECIDING = {
     "__bool__", "__contains__", "__float__", "__index__", "__int__", "allclose", "equal",
@@ -34,66 +36,6 @@ _DECIDING = {
 }  # fmt: skip
 """Calls by which a tensor's values, or a size that Python then fixes, reach Python."""
 _SIZED_BY_VALUES = {"nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "where"}
-
-
-class Unrecordable(Exception):
-    """The forward does something that a recording cannot hold, or is not what was looked for."""
-
-    routes = False
-    """The forward chose by scores before it failed: it was meant as a MoE block."""
-
-
-class Size(int):
-    """An int that knows the node which computes it."""
-
-    node: Node
-
-    @staticmethod
-    def of(value: int, node: Node) -> "Size":
-        """Tie a value to its node."""
-        size = Size(value)
-        size.node = node
-        return size
-
-
-def _sized(function: Callable[[Any, Any], Any], turned: bool = False) -> Callable[..., Any]:
-    """Make an operator of `Size` that records itself when both sides are ints."""
-
-    def operate(self: Size, other: Any) -> Any:
-        if not isinstance(other, int) or isinstance(other, bool):
-            return NotImplemented
-        pair = (other, self) if turned else (self, other)
-        value = function(*map(int, pair))
-        nodes = tuple(one.node if isinstance(one, Size) else int(one) for one in pair)
-        return Size.of(value, self.node.graph.call_function(function, nodes))
-
-    return operate
-
-
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    setattr(Size, f"__{_name}__", _sized(getattr(operator, _name)))
-    setattr(Size, f"__r{_name}__", _sized(getattr(operator, _name), turned=True))
-
-
-def _compared(name: str) -> Callable[..., Any]:
-    """Make a comparison of `Size` that refuses what other sizes would answer otherwise.
-
-    0 and 1 are sizes that rewrites are tried on; an equality that holds is an assertion.
-    """
-    plain: Callable[[int, Any], Any] = getattr(int, name)
-
-    def compare(self: Size, other: Any) -> Any:
-        answer = plain(self, other)
-        asserted = (name, answer) in (("__eq__", True), ("__ne__", False))
-        if answer is not NotImplemented and other not in (0, 1) and not asserted:
-            raise Unrecordable(f"it decides by a size, {int(self)}, compared with {other}")
-        return answer
-
-    return compare
-
-
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Size, f"__{_name}__", _compared(f"__{_name}__"))
 
 
 def after(value: Any, _write: Any) -> Any:
@@ -142,7 +84,7 @@ class Recorder(TorchFunctionMode):
         """Say which node a tensor is, and remember its value as it is now."""
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
             same = self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
             same.append(weakref.ref(tensor))
             value = tensor.detach()
@@ -154,7 +96,7 @@ class Recorder(TorchFunctionMode):
         if known is None:
             return False
         path, parameter = known
-        offset = tensor.storage_offset() - parameter.storage_offset()
+        offset = int(tensor.storage_offset() - parameter.storage_offset())
         node.meta["slice"] = Slice(path, offset, tuple(tensor.shape), tensor.stride())
         return True
 
@@ -178,15 +120,21 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, dict):
             return {key: self.node_of(one) for key, one in cast(dict[str, Any], value).items()}
         if isinstance(value, slice):
-            return slice(*map(self.node_of, (value.start, value.stop, value.step)))
+            bounds = cast("slice[Any, Any, Any]", value)
+            return slice(*map(self.node_of, (bounds.start, bounds.stop, bounds.step)))
         if type(value).__module__ == "numpy":
             return value.item()
         return value
 
     def routes(self) -> bool:
-        """Tell whether something was chosen by score, and Python went by it."""
+        """Tell whether something was chosen by score, or came in as ids, and Python went by it."""
         chosen = ("topk", "argmax", "argsort", "sort")
-        return bool(self.decisions) and any(op_name(node) in chosen for node in self.graph.nodes)
+        for node in self.graph.nodes if self.decisions else ():
+            value = node.meta.get("example_value")
+            ids = node.op == "placeholder" and value is not None and value.dtype == torch.int64
+            if ids or op_name(node) in chosen:
+                return True
+        return False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -313,7 +261,7 @@ def _deciding(name: str, args: tuple[Any, ...]) -> Sequence[torch.Tensor]:
     if name == "masked_select":
         return args[1:2]
     by_values = name in _SIZED_BY_VALUES and not (name == "where" and len(args) > 1)
-    return args[:1] if by_values and not args[0].is_floating_point() else ()
+    return [one for one in args[:1] if by_values and not one.is_floating_point()]
 
 
 def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
 from moecc.observe.explain import Explanation, Routing
-from moecc.observe.recorder import Recorder, Unrecordable
+from moecc.observe.recorder import Recorder
+from moecc.observe.unrecordable import Unrecordable
 
 _HOLDERS = (tuple, list, dict, torch.Tensor, type(None), bool, int, float, str)
 
@@ -27,7 +28,13 @@ def put_experts(recorder: Recorder, found: Explanation, result: Any, experts: in
     The node's arguments are hidden, ids and weights; `result` is what the module returned.
     """
     graph = recorder.graph
-    graph.output(tree_map(lambda value: _given(recorder, value), result))
+
+    def given(value: Any) -> Any:
+        if not isinstance(value, _HOLDERS):
+            raise Unrecordable(f"it returns a {type(value).__name__}")
+        return recorder.node_of(value)
+
+    graph.output(tree_map(given, result))
     old = found.output
     with graph.inserting_after(old):
         anchor = graph.call_function(torch.empty, (0,))
@@ -82,12 +89,6 @@ def _tensor(graph: Graph, weight: Weight) -> Node:
 
 def _unset(*_: object) -> torch.Tensor:
     raise NotImplementedError("the experts of a rewritten module have not been set")
-
-
-def _given(recorder: Recorder, value: Any) -> Any:
-    if not isinstance(value, _HOLDERS):
-        raise Unrecordable(f"it returns a {type(value).__name__}")
-    return recorder.node_of(value)
 
 
 def _rows(graph: Graph, node: Node) -> Node:

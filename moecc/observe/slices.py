@@ -15,8 +15,9 @@ from moecc.codegen.activation import evaluate
 from moecc.codegen.reference import split_gate_up
 from moecc.observe.expert import Expert, read_expert
 from moecc.observe.products import Matrix, Product, read_product
-from moecc.observe.recorder import Recorder, Slice, Unrecordable
+from moecc.observe.recorder import Recorder, Slice
 from moecc.observe.stand_ins import Experts, expert_result
+from moecc.observe.unrecordable import Unrecordable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

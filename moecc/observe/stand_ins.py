@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from moecc.observe.recorder import Recorder, Unrecordable
+from moecc.observe.recorder import Recorder
+from moecc.observe.unrecordable import Unrecordable
 
 
 def expert_result(number: int, rows: Node) -> Node:

@@ -9,7 +9,7 @@ from torch import nn
 
 from moecc.observe.block import observe_modules
 from moecc.observe.expert import read_module
-from moecc.observe.recorder import Unrecordable
+from moecc.observe.unrecordable import Unrecordable
 from tests.loops import EXPERTS, HIDDEN, INNER, Block, Glu, Merged, plain_mlp
 
 Term = Callable[..., torch.Tensor]
