@@ -152,6 +152,7 @@ def _kernel(layer: Qwen3MoeExperts) -> Callable[..., torch.Tensor]:
         gated=True,
         interleaved=False,
         transposed=False,
+        down_transposed=False,
         bias=False,
         device="cpu",
     )

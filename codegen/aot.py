@@ -90,8 +90,8 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
     backends: Any = import_module("triton.backends.compiler")
     names: list[str] = launch.kernel.arg_names
     constants: dict[str, Any] = dict(launch.constants)
-    if not spec.bias and "bias_ptr" in names:
-        constants["bias_ptr"] = None
+    absent = {"bias_ptr": not spec.bias, "up_ptr": not spec.split}
+    constants |= {name: None for name in names if absent.get(name)}
     types = argument_types(spec, names)
     source = compiler.ASTSource(
         fn=launch.kernel,

@@ -62,7 +62,9 @@ def experts_torch(
         if up is not None:
             first = torch.cat([first, up[expert]], dim=1 if spec.transposed else 0)
         if not spec.transposed:
-            first, second = first.T, second.T
+            first = first.T
+        if not spec.down_transposed:
+            second = second.T
         rows = hidden[token].to(spec.dtype) @ first
         if gate_up_bias is not None:
             rows = rows + gate_up_bias[expert]

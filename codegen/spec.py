@@ -30,7 +30,9 @@ class KernelSpec:
     interleaved: bool
     """Gates and ups alternate (GPT-OSS) instead of lying in two halves."""
     transposed: bool
-    """Weights are stored input-major: [E, H, 2I] and [E, I, H]."""
+    """The first product's weights are stored input-major: [E, H, 2I], or two [E, H, I]."""
+    down_transposed: bool
+    """The second product's weights are stored input-major: [E, I, H]."""
     bias: bool
     """Both products have a bias."""
     split: bool = False
@@ -46,7 +48,7 @@ class KernelSpec:
     @property
     def key(self) -> str:
         """A stable name: the kernel's identity in graphs, reports and caches."""
-        names = ("interleaved", "transposed", "bias", "split")
+        names = ("interleaved", "transposed", "down_transposed", "bias", "split")
         flags = [name for name in names if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"E{self.experts} H{self.hidden} I{self.intermediate}"

@@ -45,6 +45,7 @@ class Inputs:
     down: torch.Tensor
     gate_up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
+    up: torch.Tensor | None
 
 
 def run_decode(launches: Launches, x: Inputs) -> torch.Tensor:
@@ -53,7 +54,7 @@ def run_decode(launches: Launches, x: Inputs) -> torch.Tensor:
     inner = x.hidden.new_empty(tokens * active, spec.intermediate, dtype=spec.dtype)
     first, second = launches.decode_gate_up, launches.decode_down
     grid = (_blocks(spec.intermediate, first.constants["BLOCK_N"]), tokens * active)
-    first(grid, x.hidden, x.ids, x.gate_up, x.gate_up_bias, inner, active)
+    first(grid, x.hidden, x.ids, x.gate_up, x.up, x.gate_up_bias, inner, active)
     out = torch.empty_like(x.hidden)
     grid = (_blocks(spec.hidden, second.constants["BLOCK_N"]), tokens)
     second(grid, inner, x.ids, x.weights, x.down, x.down_bias, out, active)
@@ -93,7 +94,7 @@ def run_grouped(launches: Launches, x: Inputs, block_m: int) -> torch.Tensor:
     inner = x.hidden.new_empty(assignments, spec.intermediate, dtype=spec.dtype)
     terms = x.hidden.new_empty(assignments, spec.hidden, dtype=spec.dtype)
     grid = (num_tiles * _blocks(spec.intermediate, grouped.gate_up.constants["BLOCK_N"]),)
-    tensors = (x.hidden, x.gate_up, x.gate_up_bias, order, tiles, inner)
+    tensors = (x.hidden, x.gate_up, x.up, x.gate_up_bias, order, tiles, inner)
     grouped.gate_up(grid, *tensors, active, num_tiles)
     grid = (num_tiles * _blocks(spec.hidden, grouped.down.constants["BLOCK_N"]),)
     grouped.down(grid, inner, x.down, x.down_bias, x.weights, order, tiles, terms, num_tiles)
@@ -113,10 +114,19 @@ def check_inputs(spec: KernelSpec, x: Inputs) -> None:
             f"ids is {tuple(x.ids.shape)}; it needs two dimensions, tokens and experts"
         )
     experts, hidden, inner, rows = spec.experts, spec.hidden, spec.intermediate, spec.rows
-    weights = {
-        "gate_up": (x.gate_up, (hidden, rows) if spec.transposed else (rows, hidden)),
-        "down": (x.down, (inner, hidden) if spec.transposed else (hidden, inner)),
-    }
+    first, second = (inner if spec.split else rows, hidden), (hidden, inner)
+    if spec.transposed:
+        first = first[::-1]
+    if spec.down_transposed:
+        second = second[::-1]
+    weights = {"gate_up": (x.gate_up, first), "down": (x.down, second)}
+    if x.up is not None and spec.split:
+        weights["up"] = (x.up, first)
+    elif x.up is not None or spec.split:
+        raise InputError(
+            f"up is {'missing' if spec.split else 'given'}; "
+            f"{spec.key!r} has gate and up in {'two tensors' if spec.split else 'one'}"
+        )
     for name, (tensor, matrix) in weights.items():
         shape = (experts, *matrix)
         if (tensor.shape, tensor.dtype) != (shape, spec.dtype) or not tensor.is_contiguous():
@@ -158,6 +168,7 @@ def bind(launches: Launches) -> ExpertsFn:
             down=down,
             gate_up_bias=None if gate_up_bias is None else gate_up_bias.contiguous(),
             down_bias=None if down_bias is None else down_bias.contiguous(),
+            up=up,
         )
         check_inputs(spec, x)
         tokens, active = ids.shape
@@ -175,15 +186,15 @@ def emit(spec: KernelSpec) -> Kernel:
     """Write the kernel of a spec; the first call compiles it.
 
     Raises `UnsupportedSpec` with the reason: not a CUDA device, not a dtype that the kernels know,
-    or no triton.
+    a split that is not one of halves, or no triton.
     """
     if spec.device != "cuda":
         raise UnsupportedSpec(f"the triton kernels run on cuda devices, not on {spec.device!r}")
     if spec.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise UnsupportedSpec(f"the triton kernels take {known} weights, not {spec.dtype}")
-    if spec.split:
-        raise UnsupportedSpec("the triton kernels read gate and up from one tensor")
+    if spec.split and (spec.interleaved or not spec.gated):
+        raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
     launches = plan_launches(spec)
     modules = dict.fromkeys(inspect.getmodule(launch.kernel.fn) for launch in launches.every())
     source = "\n\n".join(

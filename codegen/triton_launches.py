@@ -162,7 +162,9 @@ def plan_launches(spec: KernelSpec) -> Launches:
         "EXPERTS": spec.experts,
         "GATED": spec.gated,
         "INTERLEAVED": spec.interleaved,
+        "SPLIT": spec.split,
         "TRANSPOSED": spec.transposed,
+        "DOWN_TRANSPOSED": spec.down_transposed,
         "ACTIVATION": load_activation(source),
         "BLOCK_E": max(power_of_two(spec.experts), 32),
     }
@@ -187,8 +189,8 @@ def plan_launches(spec: KernelSpec) -> Launches:
     return Launches(
         spec=spec,
         activation=source,
-        decode_gate_up=bake_tile("decode_gate_up", decode_tile(spec, inner, hidden)),
-        decode_down=bake_tile("decode_down", decode_tile(spec, hidden, inner)),
+        decode_gate_up=bake_tile("decode_gate_up", decode_tile(inner, hidden, spec.transposed)),
+        decode_down=bake_tile("decode_down", decode_tile(hidden, inner, spec.down_transposed)),
         count_experts=bake_routing("count_experts", "routing_chunked", 4),
         scan_chunks=bake(_import_kernel("scan_chunks", "routing_chunked"), BLOCK=SCAN_BLOCK),
         reduce_terms=bake(reduce_terms, BLOCK=min(REDUCE_BLOCK, power_of_two(hidden))),

@@ -97,14 +97,14 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
     )
 
 
-def decode_tile(spec: KernelSpec, columns: int, depth: int) -> Tile:
-    """Choose the tile of a decode kernel.
+def decode_tile(columns: int, depth: int, transposed: bool) -> Tile:
+    """Choose the tile of a decode kernel, whose weights are input-major if `transposed`.
 
     4096 weights a step: 16 for each thread, 32 with gates and ups, all read before the first is
     used. That many reads in flight hide the latency, and matrices of usual size still make a few
     programs for every SM. The longer side lies along memory.
     """
-    n, k = (32, 128) if spec.transposed else (4, 1024)
+    n, k = (32, 128) if transposed else (4, 1024)
     return Tile(
         m=1,
         n=min(n, power_of_two(columns)),

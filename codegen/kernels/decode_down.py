@@ -13,20 +13,20 @@ def decode_down(
     inner_ptr,  # [T*K, I], unwritten where the expert does not exist
     ids_ptr,  # [T*K]
     weights_ptr,  # [T*K] routing weights
-    weight_ptr,  # [E, H, I], or [E, I, H] if TRANSPOSED
+    weight_ptr,  # [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
     bias_ptr,  # [E, H] or None
     out_ptr,  # [T, H], written
     active,  # K
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     EXPERTS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    DOWN_TRANSPOSED: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of out
     BLOCK_K: tl.constexpr,
 ):
     """Compute BLOCK_N columns of out for one token."""
-    STRIDE_N: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
-    STRIDE_K: tl.constexpr = HIDDEN if TRANSPOSED else 1
+    STRIDE_N: tl.constexpr = 1 if DOWN_TRANSPOSED else INTERMEDIATE
+    STRIDE_K: tl.constexpr = HIDDEN if DOWN_TRANSPOSED else 1
 
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -12,8 +12,9 @@ import triton.language as tl
 def decode_gate_up(
     hidden_ptr,  # [T, H]
     ids_ptr,  # [T*K]
-    weight_ptr,  # [E, R, H], or [E, H, R] if TRANSPOSED; R = 2I if GATED else I
-    bias_ptr,  # [E, R] or None
+    weight_ptr,  # [E, R, H], or [E, H, R] if TRANSPOSED; R = 2I if GATED and not SPLIT, else I
+    up_ptr,  # [E, I, H], or [E, H, I] if TRANSPOSED; None unless SPLIT
+    bias_ptr,  # [E, 2I if GATED else I] or None
     inner_ptr,  # [T*K, I], written where the expert exists
     active,  # K
     HIDDEN: tl.constexpr,
@@ -21,13 +22,15 @@ def decode_gate_up(
     EXPERTS: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SPLIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr,  # (gate, up) -> value, or (x) -> value if not GATED
     BLOCK_N: tl.constexpr,  # columns of inner
     BLOCK_K: tl.constexpr,
 ):
     """Compute BLOCK_N columns of inner for one assignment."""
-    ROWS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+    OUTPUTS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+    ROWS: tl.constexpr = INTERMEDIATE if SPLIT else OUTPUTS
     STRIDE_N: tl.constexpr = 1 if TRANSPOSED else HIDDEN
     STRIDE_K: tl.constexpr = ROWS if TRANSPOSED else 1
     HALVES: tl.constexpr = GATED and not INTERLEAVED  # see grouped_gate_up
@@ -42,9 +45,12 @@ def decode_gate_up(
     n = column * BLOCK_N * WIDTH + tl.arange(0, BLOCK_N * WIDTH)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = hidden_ptr + (assignment // active).to(tl.int64) * HIDDEN + k
-    w_ptrs = weight_ptr + expert * (ROWS * HIDDEN)
-    w_ptrs += n.to(tl.int64)[:, None] * STRIDE_N + k.to(tl.int64)[None, :] * STRIDE_K
-    UP: tl.constexpr = INTERMEDIATE * STRIDE_N
+    offsets = n.to(tl.int64)[:, None] * STRIDE_N + k.to(tl.int64)[None, :] * STRIDE_K
+    weight_ptr += expert * (ROWS * HIDDEN)
+    if SPLIT:
+        up_ptr += expert * (ROWS * HIDDEN)
+    else:
+        up_ptr = weight_ptr + INTERMEDIATE * STRIDE_N
     in_n = n < INTERMEDIATE * WIDTH
 
     gate = tl.zeros((BLOCK_N * WIDTH, BLOCK_K), dtype=tl.float32)
@@ -52,18 +58,19 @@ def decode_gate_up(
     for start in range(0, HIDDEN, BLOCK_K):
         in_k = k < HIDDEN - start
         mask = in_n[:, None] & in_k[None, :]
-        w = tl.load(w_ptrs, mask=mask, other=0.0)
+        w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
         x = tl.load(x_ptrs, mask=in_k, other=0.0).to(w.dtype).to(tl.float32)[None, :]
         gate += w.to(tl.float32) * x
         if HALVES:
-            up += tl.load(w_ptrs + UP, mask=mask, other=0.0).to(tl.float32) * x
+            up += tl.load(up_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * x
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * STRIDE_K
+        weight_ptr += BLOCK_K * STRIDE_K
+        up_ptr += BLOCK_K * STRIDE_K
 
     gate = tl.sum(gate, axis=1)
     up = tl.sum(up, axis=1)
     if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert * ROWS + n
+        bias_ptrs = bias_ptr + expert * OUTPUTS + n
         gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)
         if HALVES:
             up += tl.load(bias_ptrs + INTERMEDIATE, mask=in_n, other=0.0).to(tl.float32)

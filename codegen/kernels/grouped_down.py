@@ -11,7 +11,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["num_tiles"])
 def grouped_down(
     inner_ptr,  # [T*K, I] in the order of `order`
-    weight_ptr,  # [E, H, I], or [E, I, H] if TRANSPOSED
+    weight_ptr,  # [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
     bias_ptr,  # [E, H] or None
     weights_ptr,  # [T*K] routing weights
     order_ptr,  # [T*K], see routing
@@ -20,15 +20,15 @@ def grouped_down(
     num_tiles,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    DOWN_TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of terms
     BLOCK_K: tl.constexpr,
 ):
     """Compute one BLOCK_M x BLOCK_N tile of terms."""
     NUM_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    STRIDE_N: tl.constexpr = 1 if TRANSPOSED else INTERMEDIATE
-    STRIDE_K: tl.constexpr = HIDDEN if TRANSPOSED else 1
+    STRIDE_N: tl.constexpr = 1 if DOWN_TRANSPOSED else INTERMEDIATE
+    STRIDE_K: tl.constexpr = HIDDEN if DOWN_TRANSPOSED else 1
 
     program = tl.program_id(0)
     tile, column = tl.swizzle2d(program // NUM_N, program % NUM_N, num_tiles, NUM_N, 8)

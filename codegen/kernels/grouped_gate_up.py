@@ -12,8 +12,9 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["active", "num_tiles"])
 def grouped_gate_up(
     hidden_ptr,  # [T, H]
-    weight_ptr,  # [E, R, H], or [E, H, R] if TRANSPOSED; R = 2I if GATED else I
-    bias_ptr,  # [E, R] or None
+    weight_ptr,  # [E, R, H], or [E, H, R] if TRANSPOSED; R = 2I if GATED and not SPLIT, else I
+    up_ptr,  # [E, I, H], or [E, H, I] if TRANSPOSED; None unless SPLIT
+    bias_ptr,  # [E, 2I if GATED else I] or None
     order_ptr,  # [T*K], see routing
     tiles_ptr,  # [num_tiles, 3]
     inner_ptr,  # [T*K, I] in the order of `order`, written
@@ -23,6 +24,7 @@ def grouped_gate_up(
     INTERMEDIATE: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SPLIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ACTIVATION: tl.constexpr,  # (gate, up) -> value, or (x) -> value if not GATED
     BLOCK_M: tl.constexpr,
@@ -31,7 +33,8 @@ def grouped_gate_up(
 ):
     """Compute one BLOCK_M x BLOCK_N tile of inner."""
     NUM_N: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
-    ROWS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+    OUTPUTS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+    ROWS: tl.constexpr = INTERMEDIATE if SPLIT else OUTPUTS
     STRIDE_N: tl.constexpr = 1 if TRANSPOSED else HIDDEN
     STRIDE_K: tl.constexpr = ROWS if TRANSPOSED else 1
     # Gates and ups that alternate are one product twice as wide, split in the end. Those in two
@@ -53,9 +56,12 @@ def grouped_gate_up(
     n = column * BLOCK_N * WIDTH + tl.arange(0, BLOCK_N * WIDTH)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
-    w_ptrs = weight_ptr + expert * (ROWS * HIDDEN)
-    w_ptrs += n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
-    UP: tl.constexpr = INTERMEDIATE * STRIDE_N
+    offsets = n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
+    weight_ptr += expert * (ROWS * HIDDEN)
+    if SPLIT:
+        up_ptr += expert * (ROWS * HIDDEN)
+    else:
+        up_ptr = weight_ptr + INTERMEDIATE * STRIDE_N
     in_rows, in_n = position < end, n < INTERMEDIATE * WIDTH
 
     gate = tl.zeros((BLOCK_M, BLOCK_N * WIDTH), dtype=tl.float32)
@@ -65,17 +71,18 @@ def grouped_gate_up(
         if HIDDEN % BLOCK_K != 0:
             x_mask &= (k < HIDDEN - start)[None, :]
             w_mask &= (k < HIDDEN - start)[:, None]
-        w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        w = tl.load(weight_ptr + offsets, mask=w_mask, other=0.0)
         x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(w.dtype)
         gate = tl.dot(x, w, gate, input_precision="ieee")
         if HALVES:
-            w = tl.load(w_ptrs + UP, mask=w_mask, other=0.0)
+            w = tl.load(up_ptr + offsets, mask=w_mask, other=0.0)
             up = tl.dot(x, w, up, input_precision="ieee")
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * STRIDE_K
+        weight_ptr += BLOCK_K * STRIDE_K
+        up_ptr += BLOCK_K * STRIDE_K
 
     if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert * ROWS + n
+        bias_ptrs = bias_ptr + expert * OUTPUTS + n
         gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
         if HALVES:
             bias = tl.load(bias_ptrs + INTERMEDIATE, mask=in_n, other=0.0)

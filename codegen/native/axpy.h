@@ -20,20 +20,22 @@ struct Axpy {
     memcpy(packed, line, LENGTH * sizeof(float));
   }
 
-  static const Weight* at(const Weight* expert, ptrdiff_t, int64_t output) {
-    return expert + output;
+  static Rows<Weight> at(const Weight* expert, ptrdiff_t stride, int64_t output) {
+    return {expert + output, stride};
   }
 
-  // out[t * width + n] = sum_k x[t][k] * weights[k * stride + n] for `outputs` outputs.
+  // out[t * width + n] = sum_k x[t][k] * weights[k][n] for `outputs` outputs.
   // `next` are the weights that will be multiplied after these.
-  static void product(const Weight* weights, ptrdiff_t stride, int outputs, const Weight* next,
-                      const Input* const* x, int tokens, int64_t length, float* out, int width) {
+  static void product(Rows<Weight> weights, int outputs, Rows<Weight> next, const Input* const* x,
+                      int tokens, int64_t length, float* out, int width) {
     for (int t = 0; t < tokens; ++t)
       for (int n = 0; n < outputs; n += LANES) store(out + t * width + n, vf{});
     for (int64_t k = 0; k < length; k += DEPTH) {
       int depth = length - k < DEPTH ? int(length - k) : DEPTH;
-      const Weight* w = weights + k * stride;
-      Fetch fetch = {k + DEPTH < length ? w + DEPTH * stride : next, stride, outputs, 0};
+      const Weight* w = weights.begin + k * weights.stride;
+      Rows<Weight> after = next;
+      if (k + DEPTH < length) after = {w + DEPTH * weights.stride, weights.stride};
+      Fetch fetch = {after.begin, after.stride, outputs, 0};
       for (int t = 0; t < tokens;) {
         int count = tokens - t < TILE_TOKENS ? tokens - t : TILE_TOKENS;
         auto strip = count == 1   ? &Axpy::strip<1>
@@ -42,7 +44,7 @@ struct Axpy {
                      : count == 4 ? &Axpy::strip<4>
                      : count == 5 ? &Axpy::strip<5>
                                   : &Axpy::strip<6>;
-        strip(w, stride, outputs, x + t, k, depth, fetch, out + t * width, width);
+        strip(w, weights.stride, outputs, x + t, k, depth, fetch, out + t * width, width);
         fetch.pause();
         t += count;
       }

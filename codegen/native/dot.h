@@ -78,16 +78,16 @@ struct Dot {
     }
   }
 
-  static const Weight* at(const Weight* expert, ptrdiff_t stride, int64_t row) {
-    return expert + row * stride;
+  static Rows<Weight> at(const Weight* expert, ptrdiff_t stride, int64_t row) {
+    return {expert + row * stride, stride};
   }
 
   // out[t * width + r] = x[t] . weights[r] for `rows` rows. `next` are the rows that will be
   // multiplied after these; they are fetched into L2 meanwhile.
-  static void product(const Weight* weights, ptrdiff_t stride, int rows, const Weight* next,
-                      const Input* const* x, int tokens, int64_t length, float* out, int width) {
+  static void product(Rows<Weight> weights, int rows, Rows<Weight> next, const Input* const* x,
+                      int tokens, int64_t length, float* out, int width) {
     int tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
-    Fetch fetch = {next, stride, length, 0};
+    Fetch fetch = {next.begin, next.stride, length, 0};
     for (int tile = 0, t = 0; tile < tiles; ++tile) {
       int count = (tokens - t + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal size
       auto sweep = count == 1   ? &Dot::sweep<1>
@@ -96,7 +96,7 @@ struct Dot {
                    : count == 4 ? &Dot::sweep<4>
                    : count == 5 ? &Dot::sweep<5>
                                 : &Dot::sweep<6>;
-      Panel panel = {weights, stride, rows, length, tile, tiles};
+      Panel panel = {weights.begin, weights.stride, rows, length, tile, tiles};
       sweep(panel, x + t, fetch, out + t * width, width);
       t += count;
     }

@@ -5,9 +5,9 @@ strides of the weights are arguments.
 
 What holds for results: they do not depend on the number of threads, nor on which or how many other
 tokens share the batch (a token's row is bit-identical for every T). Sums are float32; the weighted
-sum adds experts in ascending order. Where the CPU has bf16 dot products, a bf16 block's activated
-values are rounded to bf16 before the second product, as eager torch does; elsewhere they stay
-float32.
+sum adds experts in ascending order. Where the CPU has bf16 dot products and a bf16 block's second
+product is output-major, activated values are rounded to bf16 before it, as eager torch does;
+elsewhere they stay float32.
 """
 
 import ctypes
@@ -44,12 +44,12 @@ class _Layer(ctypes.Structure):
     """The arguments of `moecc_experts`; the order of `struct Layer` in experts.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "first", "second")),
-        *((name, ctypes.c_void_p) for name in ("first_bias", "second_bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "first", "up")),
+        *((name, ctypes.c_void_p) for name in ("second", "first_bias", "second_bias", "out")),
         *((name, ctypes.c_int64) for name in "TKHIE"),
         *(
             (f"{which}_{what}", ctypes.c_int64)
-            for which in ("first", "second")
+            for which in ("first", "up", "second")
             for what in ("expert", "row")
         ),
         ("out_float", ctypes.c_int64),
@@ -60,12 +60,11 @@ class _Layer(ctypes.Structure):
 def emit(spec: KernelSpec) -> Kernel:
     """Write and build the kernel of `spec`.
 
-    Raises `UnsupportedSpec` for a dtype or device that this emitter does not write, `NoCompiler`
+    Raises `UnsupportedSpec` for a spec that this emitter does not write, `NoCompiler`
     (an `UnsupportedSpec`) when nothing can build it, `BuildError` when the build fails.
     """
     source = write(spec)
     function = _load(source)
-    shapes = _shapes(spec)
 
     def run(
         hidden: torch.Tensor,
@@ -78,33 +77,21 @@ def emit(spec: KernelSpec) -> Kernel:
         up: torch.Tensor | None = None,
     ) -> torch.Tensor:
         _check_routing(spec, hidden, ids, weights)
-        _check_weight("gate_up", gate_up, spec, shapes[0], strided=True)
-        _check_weight("down", down, spec, shapes[1], strided=True)
-        if spec.bias:
-            _check_weight("gate_up_bias", gate_up_bias, spec, shapes[2])
-            _check_weight("down_bias", down_bias, spec, shapes[3])
-            gate_up_bias, down_bias = _flat(gate_up_bias), _flat(down_bias)
-        elif gate_up_bias is not None or down_bias is not None:
-            raise InputError("a bias was given to a kernel whose spec has none")
+        _check_weights(spec, gate_up, down, gate_up_bias, down_bias, up)
+        biases = _flat(gate_up_bias), _flat(down_bias)
         x = hidden.to(spec.dtype).contiguous()
         ids = ids.to(torch.int64).contiguous()
         weights = weights.to(torch.float32).contiguous()
         same = hidden.dtype == spec.dtype
         out = torch.empty(x.shape, dtype=spec.dtype if same else torch.float32)
         layer = _Layer(
-            x.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            gate_up.data_ptr(),
-            down.data_ptr(),
-            gate_up_bias.data_ptr() if gate_up_bias is not None else None,
-            down_bias.data_ptr() if down_bias is not None else None,
-            out.data_ptr(),
+            *map(_address, (x, ids, weights, gate_up, up, down, *biases, out)),
             *ids.shape,
             spec.hidden,
             spec.intermediate,
             spec.experts,
             *gate_up.stride()[:2],
+            *(gate_up if up is None else up).stride()[:2],
             *down.stride()[:2],
             out.dtype == torch.float32,
             torch.get_num_threads(),
@@ -123,9 +110,9 @@ def write(spec: KernelSpec) -> str:
     if spec.dtype not in _WEIGHT:
         names = ", ".join(str(dtype) for dtype in _WEIGHT)
         raise UnsupportedSpec(f"native kernels read {names}, not {spec.dtype}")
-    if spec.split:
-        raise UnsupportedSpec("native kernels read gate and up from one tensor")
-    flags = ("gated", "interleaved", "transposed", "bias")
+    if spec.split and (spec.interleaved or not spec.gated):
+        raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
+    flags = ("gated", "interleaved", "transposed", "down_transposed", "bias")
     facts = [
         f"// {spec.activation} {spec.dtype}",
         f"using Weight = {_WEIGHT[spec.dtype]};",
@@ -160,15 +147,6 @@ def _load(source: str):
     return function
 
 
-def _shapes(spec: KernelSpec) -> tuple[tuple[int, ...], ...]:
-    """List the shapes of gate_up, down and their biases."""
-    experts, hidden, rows = spec.experts, spec.hidden, spec.rows
-    first, second = (experts, rows, hidden), (experts, hidden, spec.intermediate)
-    if spec.transposed:
-        first, second = (experts, hidden, rows), (experts, spec.intermediate, hidden)
-    return first, second, (experts, rows), (experts, hidden)
-
-
 def _check_routing(
     spec: KernelSpec, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> None:
@@ -187,6 +165,34 @@ def _check_routing(
     for name, tensor in (("hidden", hidden), ("weights", weights)):
         if not tensor.is_floating_point():
             raise _misfit(name, tensor, "floating point")
+
+
+def _check_weights(
+    spec: KernelSpec,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor | None,
+) -> None:
+    """Raise `InputError` unless the tensors of the layer are those that the spec says."""
+    experts, hidden, inner = spec.experts, spec.hidden, spec.intermediate
+    first, second = (inner if spec.split else spec.rows, hidden), (hidden, inner)
+    if spec.transposed:
+        first = first[::-1]
+    if spec.down_transposed:
+        second = second[::-1]
+    _check_weight("gate_up", gate_up, spec, (experts, *first), strided=True)
+    _check_weight("down", down, spec, (experts, *second), strided=True)
+    if spec.split:
+        _check_weight("up", up, spec, (experts, *first), strided=True)
+    elif up is not None:
+        raise InputError("up was given to a kernel whose spec has gate and up in one tensor")
+    if spec.bias:
+        _check_weight("gate_up_bias", gate_up_bias, spec, (experts, spec.rows))
+        _check_weight("down_bias", down_bias, spec, (experts, hidden))
+    elif gate_up_bias is not None or down_bias is not None:
+        raise InputError("a bias was given to a kernel whose spec has none")
 
 
 def _check_weight(
@@ -209,6 +215,10 @@ def _check_weight(
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _misfit(name: str, tensor: torch.Tensor, expected: str) -> InputError:

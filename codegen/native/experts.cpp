@@ -1,6 +1,6 @@
 // One MoE layer: route, first product and activation, second product and weighted sum.
 // What is fixed when the source is emitted stands above: Weight, GATED, INTERLEAVED, TRANSPOSED,
-// BIAS and activate(). Shapes, strides and the number of threads are arguments.
+// DOWN_TRANSPOSED, BIAS and activate(). Shapes, strides and the number of threads are arguments.
 
 #include <omp.h>
 
@@ -11,26 +11,28 @@
 #include <utility>
 #include <vector>
 
-using Product = std::conditional_t<TRANSPOSED, Axpy<Weight>, Dot<Weight>>;
-using Input = Product::Input;
+// Each product has its own blocks, and its own order and type of inputs.
+using First = std::conditional_t<TRANSPOSED, Axpy<Weight>, Dot<Weight>>;
+using Second = std::conditional_t<DOWN_TRANSPOSED, Axpy<Weight>, Dot<Weight>>;
 
 constexpr int CHUNK = 48;  // tokens of one expert that are computed together
-constexpr int PANEL = Product::PANEL;
-constexpr int OUTPUTS = GATED ? PANEL / 2 : PANEL;  // intermediate values a task makes
-constexpr int LENGTH = Product::LENGTH;
-static_assert(OUTPUTS % LENGTH == 0 && OUTPUTS % LANES == 0);
+constexpr int OUTPUTS = GATED ? First::PANEL / 2 : First::PANEL;  // activated values a task makes
+// A task of the first product writes whole lines of the second's inputs.
+static_assert(OUTPUTS % Second::LENGTH == 0 && OUTPUTS % LANES == 0);
 
 struct Layer {
   const Weight* hidden;       // [T, H]
   const int64_t* ids;         // [T, K]
   const float* weights;       // [T, K]
-  const Weight* first;        // [E, rows, H], or [E, H, rows] when transposed
-  const Weight* second;       // [E, H, I], or [E, I, H]
+  const Weight* first;        // [E, rows, H], or [E, H, rows] if TRANSPOSED; gates if `up` is set
+  const Weight* up;           // [E, I, H], or [E, H, I]; null: the second half of first's rows
+  const Weight* second;       // [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
   const Weight* first_bias;   // [E, rows]
   const Weight* second_bias;  // [E, H]
   void* out;                  // [T, H] of Weight, or of float
   int64_t T, K, H, I, E;
-  int64_t first_expert, first_row, second_expert, second_row;  // strides, in elements
+  // Strides, in elements. Those of up are first's where it is null.
+  int64_t first_expert, first_row, up_expert, up_row, second_expert, second_row;
   int64_t out_float;
   int64_t threads;
 };
@@ -66,10 +68,11 @@ struct Routing {
   }
 };
 
-// The length of a packed row: whole lines, and an odd number of them, so that the rows of a tile
-// do not all fall into the same few sets of L1.
+// The length of a packed row of a product's inputs: whole lines, and an odd number of them, so that
+// the rows of a tile do not all fall into the same few sets of L1.
+template <class Product>
 static int64_t packed_row(int64_t length) {
-  return ((length + LENGTH - 1) / LENGTH | 1) * LENGTH;
+  return ((length + Product::LENGTH - 1) / Product::LENGTH | 1) * Product::LENGTH;
 }
 
 template <class T>
@@ -82,18 +85,20 @@ struct Scratch {
   T* memory;
 };
 
-// Copy one row of hidden states into the product's order, padded with zeros.
-static void pack_row(const Weight* row, int64_t length, Input* packed) {
-  for (int64_t k = 0; k < length; k += LENGTH) {
-    alignas(64) float line[LENGTH] = {};
-    for (int64_t i = k; i < length && i < k + LENGTH; ++i) line[i - k] = widen1(row[i]);
-    Product::pack(line, packed + k);
+// Copy one row of hidden states into the first product's order, padded with zeros.
+static void pack_row(const Weight* row, int64_t length, First::Input* packed) {
+  constexpr int line_length = First::LENGTH;
+  for (int64_t k = 0; k < length; k += line_length) {
+    alignas(64) float line[line_length] = {};
+    for (int64_t i = k; i < length && i < k + line_length; ++i) line[i - k] = widen1(row[i]);
+    First::pack(line, packed + k);
   }
 }
 
-// Apply the bias and the activation to one token's first products, and pack the result.
+// Apply the bias and the activation to one token's first products, and pack the result in the
+// second product's order.
 static void finish(const float* products, const Weight* bias, int64_t gap, int count,
-                   Input* packed) {
+                   Second::Input* packed) {
   alignas(64) float one[OUTPUTS] = {}, two[OUTPUTS] = {}, result[OUTPUTS] = {};
   constexpr int step = GATED && INTERLEAVED ? 2 : 1, other = INTERLEAVED ? 1 : OUTPUTS;
   for (int i = 0; i < count; ++i) {
@@ -102,7 +107,7 @@ static void finish(const float* products, const Weight* bias, int64_t gap, int c
   }
   for (int i = 0; i < count; i += LANES) store(result + i, activate(load(one + i), load(two + i)));
   for (int i = count; i < OUTPUTS; ++i) result[i] = 0;
-  for (int i = 0; i < count; i += LENGTH) Product::pack(result + i, packed + i);
+  for (int i = 0; i < count; i += Second::LENGTH) Second::pack(result + i, packed + i);
 }
 
 // One call: what its two phases share.
@@ -110,25 +115,31 @@ struct Run {
   const Layer& layer;
   const Routing routing{layer};
   const int64_t experts = int64_t(routing.expert.size());
-  const int64_t x_row = packed_row(layer.H), h_row = packed_row(layer.I);
-  const Scratch<Input> x{layer.T * x_row};
-  const Scratch<Input> h{routing.begin.back() * h_row};
+  const int64_t x_row = packed_row<First>(layer.H), h_row = packed_row<Second>(layer.I);
+  const Scratch<First::Input> x{layer.T * x_row};
+  const Scratch<Second::Input> h{routing.begin.back() * h_row};
   const Scratch<float> own_sums{layer.out_float ? 0 : layer.T * layer.H};
   float* const sums = layer.out_float ? static_cast<float*>(layer.out) : own_sums.memory;
   const int64_t panels = (layer.I + OUTPUTS - 1) / OUTPUTS;  // of an expert's first product
+  const Weight* const ups =
+      layer.up ? layer.up : First::at(layer.first, layer.first_row, layer.I).begin;
 
   int64_t first_tasks() const { return panels * experts; }
-  int64_t second_tasks() const { return (layer.H + PANEL - 1) / PANEL; }
+  int64_t second_tasks() const { return (layer.H + Second::PANEL - 1) / Second::PANEL; }
 
   // Where the weights of a task begin: what the task before it reads ahead.
-  const Weight* first_weights(int64_t task) const {
+  Rows<Weight> first_weights(int64_t task) const {
     int64_t row = task % panels * OUTPUTS * (GATED && INTERLEAVED ? 2 : 1);
     const Weight* expert = layer.first + routing.expert[task / panels] * layer.first_expert;
-    return Product::at(expert, layer.first_row, row);
+    return First::at(expert, layer.first_row, row);
   }
-  const Weight* second_weights(int64_t task, int64_t active) const {
+  Rows<Weight> up_weights(int64_t task) const {
+    const Weight* expert = ups + routing.expert[task / panels] * layer.up_expert;
+    return First::at(expert, layer.up_row, task % panels * OUTPUTS);
+  }
+  Rows<Weight> second_weights(int64_t task, int64_t active) const {
     const Weight* expert = layer.second + routing.expert[active] * layer.second_expert;
-    return Product::at(expert, layer.second_row, task * PANEL);
+    return Second::at(expert, layer.second_row, task * Second::PANEL);
   }
 
   void pack(int64_t token) const {
@@ -139,20 +150,19 @@ struct Run {
   void first(int64_t task, int64_t next_task, float* products) const {
     int64_t active = task / panels, from = task % panels * OUTPUTS;
     int count = int(std::min<int64_t>(OUTPUTS, layer.I - from));
-    const Weight* gate = first_weights(task);
-    const Weight* up = Product::at(gate, layer.first_row, layer.I);
-    const Weight* next = first_weights(next_task);
+    Rows<Weight> gate = first_weights(task), up = up_weights(task);
+    Rows<Weight> next = first_weights(next_task);
     int64_t rows = GATED ? 2 * layer.I : layer.I, row = GATED && INTERLEAVED ? 2 * from : from;
     const Weight* bias =
         BIAS ? layer.first_bias + routing.expert[active] * rows + row : nullptr;
     int64_t end = routing.begin[active + 1];
     for (int64_t p = routing.begin[active]; p < end; p += CHUNK) {
       int tokens = int(std::min<int64_t>(CHUNK, end - p));
-      const Input* inputs[CHUNK];
+      const First::Input* inputs[CHUNK];
       for (int t = 0; t < tokens; ++t) inputs[t] = x.memory + routing.token[p + t] * x_row;
-      const Weight* ahead = p + CHUNK < end ? gate : next;
-      auto multiply = [&](const Weight* weights, int n, const Weight* after, float* to) {
-        Product::product(weights, layer.first_row, n, after, inputs, tokens, layer.H, to, PANEL);
+      Rows<Weight> ahead = p + CHUNK < end ? gate : next;
+      auto multiply = [&](Rows<Weight> weights, int n, Rows<Weight> after, float* to) {
+        First::product(weights, n, after, inputs, tokens, layer.H, to, First::PANEL);
       };
       if (GATED && !INTERLEAVED) {
         multiply(gate, count, up, products);
@@ -161,35 +171,36 @@ struct Run {
         multiply(gate, GATED ? 2 * count : count, ahead, products);
       }
       for (int t = 0; t < tokens; ++t)
-        finish(products + t * PANEL, bias, INTERLEAVED ? 1 : layer.I, count,
+        finish(products + t * First::PANEL, bias, INTERLEAVED ? 1 : layer.I, count,
                h.memory + (p + t) * h_row + from);
     }
   }
 
-  // PANEL outputs of all tokens; experts add to them in ascending order.
+  // A panel of outputs of all tokens; experts add to them in ascending order.
   void second(int64_t task, int64_t next_task, float* products) const {
-    int64_t from = task * PANEL;
-    int count = int(std::min<int64_t>(PANEL, layer.H - from));
+    constexpr int width = Second::PANEL;
+    int64_t from = task * width;
+    int count = int(std::min<int64_t>(width, layer.H - from));
     for (int64_t t = 0; t < layer.T; ++t)
       memset(sums + t * layer.H + from, 0, count * sizeof(float));
     for (int64_t a = 0; a < experts; ++a) {
-      const Weight* weights = second_weights(task, a);
-      const Weight* next =
+      Rows<Weight> weights = second_weights(task, a);
+      Rows<Weight> next =
           a + 1 < experts ? second_weights(task, a + 1) : second_weights(next_task, 0);
       const Weight* bias =
           BIAS ? layer.second_bias + routing.expert[a] * layer.H + from : nullptr;
       int64_t end = routing.begin[a + 1];
       for (int64_t p = routing.begin[a]; p < end; p += CHUNK) {
         int tokens = int(std::min<int64_t>(CHUNK, end - p));
-        const Input* inputs[CHUNK];
+        const Second::Input* inputs[CHUNK];
         for (int t = 0; t < tokens; ++t) inputs[t] = h.memory + (p + t) * h_row;
-        Product::product(weights, layer.second_row, count, p + CHUNK < end ? weights : next,
-                         inputs, tokens, layer.I, products, PANEL);
+        Second::product(weights, count, p + CHUNK < end ? weights : next, inputs, tokens, layer.I,
+                        products, width);
         for (int t = 0; t < tokens; ++t) {
           float* sum = sums + routing.token[p + t] * layer.H + from;
           float weight = routing.weight[p + t];
           for (int r = 0; r < count; ++r)
-            sum[r] += weight * (products[t * PANEL + r] + (BIAS ? widen1(bias[r]) : 0.f));
+            sum[r] += weight * (products[t * width + r] + (BIAS ? widen1(bias[r]) : 0.f));
         }
       }
     }
@@ -216,7 +227,7 @@ static void run(const Layer& layer) {
   std::atomic<int64_t> first{0}, second{0};
 #pragma omp parallel num_threads(int(layer.threads))
   {
-    alignas(64) float products[CHUNK * PANEL];
+    alignas(64) float products[CHUNK * std::max(First::PANEL, Second::PANEL)];
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < layer.T; ++t) run.pack(t);
     share(first, run.first_tasks(),

@@ -41,6 +41,10 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
+// Where the weights of a product begin, and the elements between rows that follow one another.
+template <class Weight>
+struct Rows { const Weight* begin; ptrdiff_t stride; };
+
 template <class To, class From>
 static INLINE To bitcast(From from) {
   static_assert(sizeof(To) == sizeof(From));

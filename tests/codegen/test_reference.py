@@ -14,7 +14,8 @@ T, K, E, H, I = 7, 2, 5, 12, 6  # noqa: E741
 def spec(**changes: object) -> KernelSpec:
     base: dict[str, object] = {
         "hidden": H, "intermediate": I, "experts": E, "dtype": torch.float64, "activation": SILU,
-        "gated": True, "interleaved": False, "transposed": False, "bias": False, "device": "cpu",
+        "gated": True, "interleaved": False, "transposed": False, "down_transposed": False,
+        "bias": False, "device": "cpu",
     }  # fmt: skip
     return KernelSpec(**base | changes)
 
@@ -22,10 +23,16 @@ def spec(**changes: object) -> KernelSpec:
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("down_transposed", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_is_the_formula(gated: bool, interleaved: bool, transposed: bool, bias: bool) -> None:
+@pytest.mark.parametrize("split", [True, False])
+def test_is_the_formula(
+    gated: bool, interleaved: bool, transposed: bool, down_transposed: bool, bias: bool, split: bool
+) -> None:
+    split = split and gated and not interleaved
     one = spec(
-        gated=gated, interleaved=interleaved and gated, transposed=transposed, bias=bias,
+        gated=gated, interleaved=interleaved and gated, transposed=transposed,
+        down_transposed=down_transposed, bias=bias, split=split,
         activation=SILU if gated else apply("square", apply("relu", X)),
     )  # fmt: skip
     hidden, ids = torch.randn(T, H).double(), torch.randint(0, E, (T, K))
@@ -43,15 +50,22 @@ def test_is_the_formula(gated: bool, interleaved: bool, transposed: bool, bias: 
             out = down[e] @ evaluate(one.activation, **split_gate_up(rows, one))
             expected[t] += weights[t, k] * (out + (biases[1][e] if bias else 0))
     if transposed:
-        gate_up, down = (w.transpose(1, 2).contiguous() for w in (gate_up, down))
-    got = emit(one).run(hidden, ids, weights, gate_up, down, *biases)
+        gate_up = gate_up.mT.contiguous()
+    if down_transposed:
+        down = down.mT.contiguous()
+    up = None
+    if split:
+        gate_up, up = gate_up.chunk(2, dim=2 if transposed else 1)
+    got = emit(one).run(hidden, ids, weights, gate_up, down, *biases, up)
     torch.testing.assert_close(got, expected)
 
 
 def test_equal_specs_have_equal_keys_and_different_ones_do_not() -> None:
     assert spec().key == spec().key
-    changes = [{"interleaved": True}, {"transposed": True}, {"bias": True}, {"hidden": 13},
-               {"dtype": torch.float16}, {"activation": GATE}, {"device": "cuda"}]  # fmt: skip
+    changes = [{"interleaved": True}, {"transposed": True}, {"down_transposed": True},
+               {"transposed": True, "down_transposed": True}, {"bias": True}, {"split": True},
+               {"hidden": 13}, {"dtype": torch.float16}, {"activation": GATE},
+               {"device": "cuda"}]  # fmt: skip
     assert len({spec().key, *(spec(**change).key for change in changes)}) == len(changes) + 1
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from moecc.codegen import aot, triton_emitter
 from moecc.codegen.triton_launches import plan_launches
 from tests.codegen.triton_cases import (
+    INPUT_MAJOR,
     RELU2,
     STYLES,
     make_inputs,
@@ -32,7 +33,24 @@ REAL = {
     "nemotron": dataclasses.replace(
         QWEN3, hidden=2688, intermediate=1856, activation=RELU2, gated=False
     ),
-    "float16-transposed": dataclasses.replace(QWEN3, dtype=torch.float16, transposed=True),
+    "float16-transposed": dataclasses.replace(QWEN3, dtype=torch.float16, **INPUT_MAJOR),
+    "dbrx": dataclasses.replace(
+        QWEN3, hidden=6144, intermediate=10752, experts=16, split=True, down_transposed=True
+    ),
+    "float32-dbrx": dataclasses.replace(
+        QWEN3, dtype=torch.float32, split=True, down_transposed=True
+    ),
+    "first-transposed": dataclasses.replace(QWEN3, transposed=True),
+    "mixtral-split": dataclasses.replace(
+        QWEN3, hidden=4096, intermediate=14336, experts=8, split=True
+    ),
+    "float32-split": dataclasses.replace(QWEN3, dtype=torch.float32, split=True),
+    "float32-split-transposed": dataclasses.replace(
+        QWEN3, dtype=torch.float32, split=True, **INPUT_MAJOR
+    ),
+    "odd-split": dataclasses.replace(
+        STYLES["split"], hidden=99, intermediate=77, dtype=torch.float16
+    ),
     "float32": dataclasses.replace(QWEN3, dtype=torch.float32),
     "odd": dataclasses.replace(STYLES["swiglu"], hidden=99, intermediate=77, dtype=torch.float16),
     "odd-gpt-oss": dataclasses.replace(
@@ -69,6 +87,21 @@ def test_machine_code_fits_and_uses_the_tensor_cores(target: str) -> None:
     check_machine_code(QWEN3, target)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_second_pointer_spills_nothing_and_reads_as_widely(target: str) -> None:
+    split = dataclasses.replace(QWEN3, split=True)
+    for wide in ("LDG.128", "LDGSTS.128"):
+        loads: list[int] = []
+        for spec in (QWEN3, split):
+            launches = plan_launches(spec)
+            decode = wide == "LDG.128"
+            launch = launches.decode_gate_up if decode else launches.grouped[16].gate_up
+            resources = aot.compile_kernel(spec, launch, target)
+            assert resources.spilled == 0, resources
+            loads.append(resources.instructions[wide])
+        assert loads[0] == loads[1] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", REAL)
@@ -100,9 +133,10 @@ def test_an_unknown_target_is_refused() -> None:
         aot.compile_kernel(QWEN3, plan_launches(QWEN3).reduce_terms, "sm_10")
 
 
-def test_no_token_count_compiles_anew() -> None:
+@pytest.mark.parametrize("split", [False, True], ids=["one tensor", "two"])
+def test_no_token_count_compiles_anew(split: bool) -> None:
     # 14 experts: 17 tokens make 16 tiles, and triton would like to know that 16 divides 16.
-    spec = make_spec(dtype=torch.bfloat16, experts=14)
+    spec = make_spec(dtype=torch.bfloat16, experts=14, split=split)
     kernel = triton_emitter.emit(spec)
     with dry_run(90) as launches:
         for tokens, active in ((1, 1), (1, 4), (5, 1), (9, 3), (16, 4), (17, 1), (33, 1), (40, 2)):

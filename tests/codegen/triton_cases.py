@@ -33,19 +33,25 @@ def make_spec(activation: Expr = SWIGLU, **changes: object) -> KernelSpec:
         gated=True,
         interleaved=False,
         transposed=False,
+        down_transposed=False,
         bias=False,
         device="cuda",
     )
     return dataclasses.replace(spec, **changes)
 
 
+INPUT_MAJOR = {"transposed": True, "down_transposed": True}
 STYLES = {
     "swiglu": make_spec(),
-    "gpt-oss": make_spec(GPT_OSS, interleaved=True, transposed=True, bias=True),
+    "gpt-oss": make_spec(GPT_OSS, interleaved=True, bias=True, **INPUT_MAJOR),
     "relu2": make_spec(RELU2, gated=False),
-    "geglu": make_spec(GEGLU, transposed=True),
+    "geglu": make_spec(GEGLU, **INPUT_MAJOR),
     "interleaved": make_spec(interleaved=True, bias=True),
-    "relu2-transposed": make_spec(RELU2, gated=False, transposed=True, bias=True),
+    "split": make_spec(split=True),
+    "split-transposed": make_spec(GEGLU, split=True, bias=True, **INPUT_MAJOR),
+    "relu2-transposed": make_spec(RELU2, gated=False, bias=True, **INPUT_MAJOR),
+    "dbrx": make_spec(split=True, down_transposed=True),
+    "first-transposed": make_spec(GEGLU, transposed=True, bias=True),
 }
 
 
@@ -57,9 +63,12 @@ def make_inputs(
     def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, spec.dtype)
 
-    first, second = (spec.rows, spec.hidden), (spec.hidden, spec.intermediate)
+    rows = spec.intermediate if spec.split else spec.rows
+    first, second = (rows, spec.hidden), (spec.hidden, spec.intermediate)
     if spec.transposed:
-        first, second = first[::-1], second[::-1]
+        first = first[::-1]
+    if spec.down_transposed:
+        second = second[::-1]
     scores = torch.rand(tokens, spec.experts, generator=generator)
     return Inputs(
         hidden=randn(tokens, spec.hidden),
@@ -69,6 +78,7 @@ def make_inputs(
         down=randn(spec.experts, *second, scale=1 / math.sqrt(spec.intermediate)),
         gate_up_bias=randn(spec.experts, spec.rows) if spec.bias else None,
         down_bias=randn(spec.experts, spec.hidden) if spec.bias else None,
+        up=randn(spec.experts, *first, scale=2 / math.sqrt(spec.hidden)) if spec.split else None,
     )
 
 
