@@ -1,17 +1,20 @@
 """Read the activation between an expert's two products from the graph.
 
 Walks back from the second product's input to the first product's output, and writes down what it
-meets as an expression over `gate` and `up` (or `x`). Changes of dtype are left out: kernels compute
-activations in float32.
+meets as an expression over `gate` and `up` (or `x`). Gate and up are the halves of one product, or
+two products of their own. Changes of dtype are left out: kernels compute activations in float32.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch.fx import Node
 
 from moecc.codegen.activation import GATE, OPERATIONS, UP, Expr, X, apply, constant
+from moecc.passes.axes import over_own_axes, tensor_of, through_layout
 from moecc.passes.pattern import is_cast, mutates, op_name
+from moecc.passes.products.contraction import PRODUCTS
 
 _PLAIN = {
     "abs": "abs", "add": "add", "div": "div", "exp": "exp", "maximum": "max", "minimum": "min",
@@ -34,7 +37,9 @@ class Activation:
 
     expr: Expr
     rows: Node
-    """The first product's output."""
+    """The first product's output; the gate's, if gate and up are two products."""
+    up_rows: Node | None
+    """The up product's output, if it is one of its own."""
     gated: bool
     interleaved: bool
     nodes: tuple[Node, ...]
@@ -48,19 +53,52 @@ def read_activation(activated: Node) -> Activation:
     """
     reader = _Reader()
     expr = reader.read(activated)
-    if len(reader.rows) != 1 or len(reader.layouts) != 1:
+    rows, gated = [*reader.rows], len(reader.rows) == 2
+    if (
+        not 1 <= len(rows) <= 2
+        or len(reader.layouts) != 1
+        or (gated and "plain" not in reader.layouts)
+    ):
         found = ", ".join(f"{node.name} ({op_name(node)})" for node in reader.rows)
         raise UnreadableActivation(
-            activated, f"it is not elementwise in the halves of one product: it reads {found}"
+            activated,
+            f"it is not elementwise in a gate and an up, or in one product: it reads {found}",
         )
     (layout,) = reader.layouts
+    if gated:
+        rows = sorted(rows, key=lambda node: not _in_unary(expr, _own_leaf(node)))
+    names = (GATE, UP) if gated else (X,)
+    leaves = {_own_leaf(node): leaf for node, leaf in zip(rows, names, strict=True)}
     return Activation(
-        expr=expr,
-        rows=next(iter(reader.rows)),
-        gated=layout != "plain",
+        expr=substitute(expr, leaves),
+        rows=rows[0],
+        up_rows=rows[1] if gated else None,
+        gated=gated or layout != "plain",
         interleaved=layout == "interleaved",
         nodes=tuple(reader.interior),
     )
+
+
+def substitute(expr: Expr, leaves: Mapping[Expr, Expr]) -> Expr:
+    """Put other leaves in the place of some."""
+    if expr.args:
+        return Expr(expr.op, tuple(substitute(arg, leaves) for arg in expr.args))
+    return leaves.get(expr, expr)
+
+
+def _own_leaf(rows: Node) -> Expr:
+    """Stand for a product until it is known whether it is the gate, the up or the only one."""
+    return Expr(f"rows of {rows.name}")
+
+
+def _in_unary(expr: Expr, leaf: Expr) -> bool:
+    """Tell whether a leaf goes through a function of its own, as a gate does."""
+    below = any(_in_unary(arg, leaf) for arg in expr.args)
+    return below or (len(expr.args) == 1 and leaf in _all_leaves(expr))
+
+
+def _all_leaves(expr: Expr) -> set[Expr]:
+    return set[Expr]().union(*map(_all_leaves, expr.args)) if expr.args else {expr}
 
 
 class _Reader:
@@ -89,6 +127,8 @@ class _Reader:
         name = op_name(node)
         args = cast(tuple[Any, ...], node.args)
         operation = _PLAIN.get(name, "")
+        if _is_biased_product(node):
+            return self._leaf(node, "plain", _own_leaf(node))
         if mutates(node):
             raise UnreadableActivation(node, f"{name} writes in place")
         plain = all(given is None or given is False for given in node.kwargs.values())
@@ -105,7 +145,7 @@ class _Reader:
             return self._read_clamp(node, name)
         if name == "pow" and args[1] == 2:
             return apply("square", self.read(args[0]))
-        return self._leaf(node, "plain", X)  # not elementwise: the product itself, or a stranger
+        return self._leaf(node, "plain", _own_leaf(node))  # the product itself, or a stranger
 
     def _read_clamp(self, node: Node, name: str) -> Expr:
         first = node.args[1] if len(node.args) > 1 else None
@@ -140,6 +180,28 @@ class _Reader:
                 case _:
                     pass
         raise UnreadableActivation(node, "it takes neither half of a product")
+
+
+def _is_biased_product(node: Node) -> bool:
+    """Tell a product plus a parameter, or rows chosen from one, from any other sum."""
+    if op_name(node) not in ("add", "iadd") or len(node.args) != 2:
+        return False
+    if not all(tensor_of(arg) is not None for arg in node.args):
+        return False
+    one, other = (_origin(cast(Node, arg)) for arg in node.args)
+    bias = other if op_name(one) in PRODUCTS else one
+    if op_name(bias) == "getitem" and tensor_of(bias.args[0]) is not None:
+        bias = _origin(cast(Node, bias.args[0]))
+    products = sum(op_name(part) in PRODUCTS for part in (one, other))
+    return products == 1 and bias.op in ("placeholder", "get_attr")
+
+
+def _origin(node: Node) -> Node:
+    """Go back through what only changes layout or dtype."""
+    view = over_own_axes(node)
+    while (before := through_layout(view)) is not None:
+        view = before
+    return view.node
 
 
 def _whole_but_last(index: Any, source: Node) -> bool:

@@ -6,19 +6,29 @@ Needs: blocks.  Adds: nothing.  Graph: each block becomes one `moecc.experts` no
 →
     moecc.experts(hidden, ids, weights, gate_up, down, None, None, None, kernel)
 
+Around the call go what the model's way of writing it needs: hidden seen as [T, H] and the result in
+the model's shape, a gather where weights are dense gates, and where they scale the experts' input
+
+    rows = (hidden[:, None] * weights[..., None]).reshape(T * K, H)
+    out  = moecc.experts(rows, ids.reshape(T * K, 1), ones, ...).reshape(T, K, H).sum(1)
+
 The node names the torch kernel, so the graph runs as it is; `lower` puts a faster one in its place.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch.fx import Node
 
 from moecc.codegen import reference
 from moecc.codegen.spec import KernelSpec
+from moecc.passes.build import Builder
 from moecc.passes.ir import MoeBlock, Outcome, Program
 from moecc.passes.options import Options
+from moecc.passes.pattern import mutates
+from moecc.passes.routes import build_routes, follow_route
 from moecc.runtime import ops
 
 
@@ -47,6 +57,7 @@ def kernel_spec(block: MoeBlock) -> KernelSpec:
         gated=block.gated,
         interleaved=block.interleaved,
         transposed=block.transposed,
+        down_transposed=block.down_transposed,
         bias=block.gate_up_bias is not None,
         split=block.up is not None,
         device=block.device,
@@ -55,37 +66,100 @@ def kernel_spec(block: MoeBlock) -> KernelSpec:
 
 def _follow(block: MoeBlock, renamed: Mapping[str, str]) -> MoeBlock:
     """Point a block that reads an earlier one at what that one became."""
-    inputs = ("hidden", "ids", "weights")
+    inputs = ("hidden", "ids", "weights", "onto")
     names = {key: getattr(block, key) for key in inputs}
-    return replace(block, **{key: renamed.get(name, name) for key, name in names.items()})
+    routes = tuple(follow_route(route, renamed) for route in block.routes)
+    followed = {key: renamed.get(name, name) for key, name in names.items()}
+    return replace(block, routes=routes, **followed)
 
 
 def _fuse(
     program: Program, block: MoeBlock, nodes: dict[str, Node], renamed: dict[str, str]
 ) -> MoeBlock:
+    """Put the call and what it needs before the block's last node, and take that node's place."""
     graph = program.gm.graph
     kernel = reference.emit(kernel_spec(block))
     ops.install(kernel.key, kernel.run)
     old = nodes[block.output]
-    inputs = (
-        block.hidden, block.ids, block.weights, block.gate_up, block.down,
-        block.gate_up_bias, block.down_bias, block.up,
-    )  # fmt: skip
-    args = [nodes[name] if name is not None else None for name in inputs]
-    hidden = nodes[block.hidden].meta["example_value"]
-    with graph.inserting_before(old):
-        target = torch.ops.moecc.experts.default
-        new = graph.create_node("call_function", target, (*args, kernel.key), name="experts")
-        new.meta = dict(old.meta, example_value=hidden.new_empty(hidden.shape))
-        result = new
-        if old.meta["example_value"].dtype != hidden.dtype:  # the model leaves the sum wide
-            result = graph.call_method("to", (new, old.meta["example_value"].dtype))
-            result.meta = dict(old.meta)
+    build = Builder(graph, old)
+    tokens = _tokens(build, block, nodes)
+    if block.weighs == "input":
+        tokens = _weighed_rows(build, block.hidden_size, *tokens)
+    bias = _gate_up_bias(build, block, nodes)
+    names = (block.gate_up, block.down, block.up)
+    gate_up, down, up = (nodes[name] if name is not None else None for name in names)
+    down_bias = _bias(build, block.down_bias, nodes)
+    inputs = (*tokens, gate_up, down, bias, down_bias, up, kernel.key)
+    call = build.function(torch.ops.moecc.experts.default, *inputs, name="experts")
+    result = _result(build, block, call, old, nodes)
+    if mutates(old):  # the model goes on with the tensor that it wrote to
+        written, new = cast(Node, old.args[0]), {old, result}
+        written.replace_all_uses_with(result, lambda user: user not in new)
     old.replace_all_uses_with(result)
     renamed[old.name], nodes[result.name] = result.name, result
     graph.erase_node(old)
     _erase_interior([nodes[name] for name in block.interior], graph)
-    return replace(block, output=new.name, interior=())
+    hidden, ids, weights = (node.name for node in tokens)
+    fused = replace(block, hidden=hidden, ids=ids, weights=weights, output=call.name, onto=None)
+    biases = [one.name if one is not None else None for one in (bias, down_bias)]
+    fused = replace(fused, gate_up_bias=biases[0], up_bias=None, down_bias=biases[1])
+    return replace(fused, interior=(), dense_gates=False, wraps=False, routes=())
+
+
+def _tokens(build: Builder, block: MoeBlock, nodes: Mapping[str, Node]) -> tuple[Node, Node, Node]:
+    """Give hidden [T, H], ids [T, K] and weights [T, K]."""
+    hidden = build.matrix(nodes[block.hidden], block.hidden_size)
+    if block.routes:
+        dtype = nodes[block.output].meta["example_value"].dtype
+        return hidden, *build_routes(build, block.routes, block.experts, dtype, nodes)
+    ids = build.matrix(nodes[block.ids], block.active)
+    if ids.meta["example_value"].dtype != torch.int64:
+        ids = build.method("to", ids, torch.int64)
+    if block.wraps:
+        ids = build.function(torch.remainder, ids, block.experts)
+    if not block.dense_gates:
+        return hidden, ids, build.matrix(nodes[block.weights], block.active)
+    gates = build.matrix(nodes[block.weights], block.experts)
+    return hidden, ids, build.method("gather", gates, 1, ids)
+
+
+def _weighed_rows(
+    build: Builder, width: int, hidden: Node, ids: Node, weights: Node
+) -> tuple[Node, Node, Node]:
+    """Scale the tokens themselves: T*K of them, each with one choice of weight 1."""
+    columns = build.method("unsqueeze", weights, -1)
+    rows = build.function(torch.mul, build.method("unsqueeze", hidden, 1), columns)
+    rows, ids = build.method("reshape", rows, -1, width), build.method("reshape", ids, -1, 1)
+    return rows, ids, build.function(torch.ones_like, ids, dtype=torch.float32)
+
+
+def _bias(build: Builder, name: str | None, nodes: Mapping[str, Node]) -> Node | None:
+    """Give a bias as [E, outputs]; a model may keep it as [E, 1, outputs]."""
+    if name is None:
+        return None
+    return build.matrix(nodes[name], nodes[name].meta["example_value"].shape[-1])
+
+
+def _gate_up_bias(build: Builder, block: MoeBlock, nodes: Mapping[str, Node]) -> Node | None:
+    bias, up_bias = (_bias(build, name, nodes) for name in (block.gate_up_bias, block.up_bias))
+    if bias is None or up_bias is None:
+        return bias
+    return build.function(torch.cat, [bias, up_bias], dim=-1)
+
+
+def _result(
+    build: Builder, block: MoeBlock, call: Node, old: Node, nodes: Mapping[str, Node]
+) -> Node:
+    """Give what the call yields the dtype and the shape of the model's own sum."""
+    wanted = old.meta["example_value"]
+    result = call
+    if result.meta["example_value"].dtype != wanted.dtype:  # the model leaves the sum wide
+        result = build.method("to", result, wanted.dtype)
+    if block.weighs == "input":
+        terms = build.method("reshape", result, -1, block.active, block.hidden_size)
+        result = build.method("sum", terms, dim=1)
+    result = build.shaped(result, wanted.shape)
+    return result if block.onto is None else build.function(torch.add, nodes[block.onto], result)
 
 
 def _erase_interior(interior: list[Node], graph: torch.fx.Graph) -> None:

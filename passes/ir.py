@@ -12,6 +12,30 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moecc.codegen.activation import Expr
+from moecc.passes.router.description import Router
+from moecc.passes.shared import SharedExpert
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A node as [T, K, E], or what of these it depends on: summed, permuted, then reshaped."""
+
+    node: str
+    negated: bool = False
+    summed: tuple[int, ...] = ()
+    order: tuple[int, ...]
+    tokens: bool
+    choices: bool
+    experts: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Some of a token's choices: their weights are the product of `factors` at the `ids`."""
+
+    ids: Seen
+    factors: tuple[Seen, ...]
+    active: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,21 +50,33 @@ class MoeBlock:
     """The user's line, `modeling_qwen3_moe.py:243`, or empty."""
 
     hidden: str
-    """[T, H] entering the experts."""
+    """[T, H] entering the experts; its leading dimensions may be several until it is fused."""
     ids: str
-    """[T, K] the chosen experts."""
+    """[T, K] the chosen experts, or what is [T, K] when reshaped to it."""
     weights: str
-    """[T, K] their weights in the sum."""
+    """[T, K] their weights in the sum, likewise; [T, E] with `dense_gates`."""
+    dense_gates: bool = False
+    """`weights` are gates of all E experts, zero but for a token's `ids`, which all differ."""
+    weighs: Literal["output", "input"] = "output"
+    """What the weights scale: an expert's output, or the token that enters it (Llama 4)."""
+    wraps: bool = False
+    """An id may be negative, and counts from the last expert then, as an index does."""
+    routes: tuple[Route, ...] = ()
+    """What ids and weights are made of, side by side; a weight of zero is a dropped choice."""
+    onto: str | None = None
+    """What the model adds the sum onto, shaped like `output`; None is nothing."""
     gate_up: str
     """[E, 2I, H]; [E, H, 2I] when transposed; I instead of 2I when not gated, or with `up`."""
     up: str | None = None
     """[E, I, H]; [E, H, I] when transposed: gate and up are two tensors, `gate_up` is the gate."""
     down: str
-    """[E, H, I]; [E, I, H] when transposed."""
+    """[E, H, I]; [E, I, H] when down_transposed."""
     gate_up_bias: str | None
+    up_bias: str | None = None
+    """[E, I] where gate and up have a bias each; `gate_up_bias` is the gate's then, until fused."""
     down_bias: str | None
     output: str
-    """[T, H] the node that everything downstream reads."""
+    """The node that everything downstream reads: [T, H] in the model's own shape."""
     interior: tuple[str, ...]
     """The nodes that only serve this block."""
 
@@ -54,6 +90,14 @@ class MoeBlock:
     gated: bool
     interleaved: bool
     transposed: bool
+    """The first product's weights, gate_up and up, are stored input-major."""
+    down_transposed: bool
+    """The second product's weights are."""
+
+    router: Router | None = None
+    """How `ids` and `weights` are made, as a description (`describe_blocks`)."""
+    shared: SharedExpert | None = None
+    """The dense MLP whose output is added to the block's, likewise; None if there is none."""
 
     @property
     def weight_bytes(self) -> int:
@@ -108,6 +152,10 @@ class Miss:
     why: str
     fallback: bool = False
     """The user asked for more than what now runs; an error with `strict=True`."""
+    node: str = ""
+    """The node that stood in the way."""
+    source: str = ""
+    """The user's line that made it, `modeling.py:243`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,21 +23,35 @@ _CASTS = {"to", "float", "half", "bfloat16", "type", "type_as", "contiguous"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FREE = {
     "arange": {"device", "dtype"},
+    "argsort": {"dim", "stable"},
     "cumsum": {"dim", "dtype"},
     "histc": {"bins", "min", "max"},
+    "sort": {"dim", "stable"},
+    "sum": {"dtype"},
     "grouped_mm": {"offs", "bias", "out_dtype"},
     "_grouped_mm": {"offs", "bias", "out_dtype"},
     "empty_like": {"device", "dtype"},
 }
 """Keywords that do not change what a call is; any other that a pattern does not name does."""
+_POSITIONAL = {
+    "arange": ("end", "step"),
+    "argsort": ("dim", "descending", "stable"),
+    "bincount": ("weights", "minlength"),
+    "cumsum": ("dim",),
+    "div": ("other",),
+    "histc": ("bins", "min", "max"),
+    "sort": ("dim", "descending", "stable"),
+    "sum": ("dim", "keepdim"),
+}
+"""What the arguments after the first are called, where a model may give them either way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call of one of `names` whose arguments match.
 
-    Further positional arguments are sizes and are ignored (`view`, `arange`, `cumsum`); keywords
-    that the pattern does not name are refused, unless None, False or in `_FREE`.
+    Keywords that the pattern does not name are refused, unless None, False or in `_FREE`, and so
+    are positional arguments with a name in `_POSITIONAL`. Others are sizes and ignored (`view`).
     """
 
     names: tuple[str, ...]
@@ -76,7 +90,7 @@ class Mutated:
 
 
 def call(names: str, *args: Any, **kwargs: Any) -> Call:
-    """Match a call; `call("view|reshape", x)` takes either name and ignores further arguments."""
+    """Match a call; `call("view|reshape", x)` takes either name and ignores further sizes."""
     return Call(tuple(names.split("|")), args, tuple(kwargs.items()))
 
 
@@ -169,12 +183,12 @@ class Match:
         if len(value.args) < len(pattern.args):
             return self.fail(value, f"{expected} has only {len(value.args)} positional arguments")
         named = {key for key, _ in pattern.kwargs} | _FREE.get(op_name(value), set())
-        given = {key for key, one in value.kwargs.items() if one is not None and one is not False}
-        extra = given - named
+        given = _keywords(value, len(pattern.args))
+        extra = {key for key, one in given.items() if one is not None and one is not False} - named
         if extra:
             return self.fail(value, f"{expected} is called with {', '.join(sorted(extra))}")
         self.nodes.append(value)
-        kwargs = all(self.find(inner, value.kwargs.get(key)) for key, inner in pattern.kwargs)
+        kwargs = all(self.find(inner, given.get(key)) for key, inner in pattern.kwargs)
         return kwargs and any(
             self._or_restore(functools.partial(self._find_args, pattern, args))
             for args in _orders(pattern, value)
@@ -182,6 +196,12 @@ class Match:
 
     def _find_args(self, pattern: Call, args: tuple[Any, ...]) -> bool:
         return all(self.find(inner, arg) for inner, arg in zip(pattern.args, args, strict=False))
+
+
+def _keywords(node: Node, taken: int) -> dict[str, Any]:
+    """Name the arguments of a call beyond the first `taken`, however the model gave them."""
+    names = _POSITIONAL.get(op_name(node), ())[max(taken, 1) - 1 :]
+    return dict(zip(names, node.args[max(taken, 1) :], strict=False)) | dict(node.kwargs)
 
 
 def _orders(pattern: Call, node: Node) -> Iterator[tuple[Any, ...]]:

@@ -36,6 +36,10 @@ def source_line(node: Node) -> str:
     frames = _FRAME.findall(str(node.meta.get("stack_trace") or ""))
     for file, line in reversed(frames):
         parts = PurePath(file).parts
-        if "integrations" not in parts and not {"moecc", "torch"}.intersection(parts[-3:-1]):
+        if (
+            not file.startswith("<")
+            and "integrations" not in parts
+            and not {"moecc", "torch"}.intersection(parts[-3:-1])
+        ):
             return f"{PurePath(file).name}:{line}"
     return ""

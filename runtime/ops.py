@@ -26,7 +26,7 @@ ExpertsFn = Callable[
         torch.Tensor,  # ids           [T, K] int64; an id outside 0..E-1 contributes nothing
         torch.Tensor,  # weights       [T, K]
         torch.Tensor,  # gate_up       [E, 2I, H]   or [E, H, 2I] when transposed; I if not gated
-        torch.Tensor,  # down          [E, H, I]    or [E, I, H] when transposed
+        torch.Tensor,  # down          [E, H, I]    or [E, I, H] when down_transposed
         torch.Tensor | None,  # gate_up_bias  [E, 2I]
         torch.Tensor | None,  # down_bias     [E, H]
         torch.Tensor | None,  # up            [E, I, H] or [E, H, I]; gate_up is the gate alone then

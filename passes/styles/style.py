@@ -1,7 +1,7 @@
 """Say what a style of writing a MoE block consists of."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moecc.passes.pattern import Bind, Call, Either, call, either
 
@@ -26,6 +26,28 @@ class Style:
     """The first product, from its output back to the tokens."""
     near: int
     """A match that fails after this many nodes is a near miss worth telling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductStyle:
+    """Two products over axes around the activation, in whatever spelling (`match_products`)."""
+
+    name: str
+    anchors: frozenset[str]
+    """What the block's last node may be called."""
+    chooses: Literal["index", "groups", "gates"]
+    """What picks an expert's matrices: an index, groups of sorted rows, or nothing but gates."""
+    weighs: frozenset[str]
+    """What the routing weights scale: the experts' `output`, their `input`, or either."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchStyle:
+    """Tokens copied into their experts' buffers and brought back (`passes/capacity`)."""
+
+    name: str
+    anchors: frozenset[str]
+    """What the block's last node may be called."""
 
 
 def flat(pattern: Any) -> Either:

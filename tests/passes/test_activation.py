@@ -61,17 +61,27 @@ class Between(nn.Module):
         return self.act(rows)
 
 
-def traced(act: Callable[[torch.Tensor], torch.Tensor], width: int = WIDTH) -> Node:
-    module = Between(act)
-    graph: Graph = torch.fx.Tracer().trace(module)
+def values_of(module: nn.Module, graph: Graph, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run a graph and note what each node gives, as Dynamo does."""
+    values: dict[str, torch.Tensor] = {}
 
     class Shapes(Interpreter):
         def run_node(self, n: Node) -> torch.Tensor:
-            n.meta["example_value"] = value = super().run_node(n)
-            return value
+            n.meta["example_value"] = values[n.name] = super().run_node(n)
+            return values[n.name]
 
-    Shapes(GraphModule(module, graph)).run(torch.zeros(1, width))
+    Shapes(GraphModule(module, graph)).run(rows)
+    return values
+
+
+def traced_module(module: nn.Module, width: int = WIDTH) -> Node:
+    graph: Graph = torch.fx.Tracer().trace(module)
+    values_of(module, graph, torch.zeros(1, width))
     return graph.output_node().args[0]
+
+
+def traced(act: Callable[[torch.Tensor], torch.Tensor], width: int = WIDTH) -> Node:
+    return traced_module(Between(act), width)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -82,7 +92,8 @@ def test_reads_what_models_write(name: str) -> None:
     assert (read.gated, read.interleaved) == (layout != "plain", layout == "interleaved")
     spec = KernelSpec(
         hidden=4, intermediate=4, experts=1, dtype=torch.float32, activation=read.expr,
-        gated=read.gated, interleaved=read.interleaved, transposed=False, bias=False, device="cpu",
+        gated=read.gated, interleaved=read.interleaved, transposed=False,
+        down_transposed=False, bias=False, device="cpu",
     )  # fmt: skip
     rows = 9 * torch.randn(5, WIDTH)
     torch.testing.assert_close(evaluate(read.expr, **split_gate_up(rows, spec)), act(rows))
@@ -117,3 +128,58 @@ def test_rendered_text_names_every_operation(name: str, one: float, two: float) 
     table = {op: f"{op}({', '.join(f'{{{i}}}' for i in range(n))})" for op, n in OPERATIONS.items()}
     expr = apply(name, *args)
     assert render(expr, table | {"constant": "{0}"}) == str(expr)
+
+
+class TwoProducts(nn.Module):
+    def __init__(self, act: Callable[..., torch.Tensor], bias: bool = False) -> None:
+        super().__init__()
+        self.act, self.bias = act, bias
+        self.w1, self.w3 = (nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(2))
+        self.b1, self.b3 = (nn.Parameter(torch.randn(WIDTH)) for _ in range(2))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(rows, self.w1), F.linear(rows, self.w3)
+        return self.act(gate + self.b1, self.b3 + up) if self.bias else self.act(gate, up)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("act", "text", "gate"),
+    [
+        (lambda a, b: F.silu(a) * b, "mul(silu(gate), up)", 0),
+        (lambda a, b: a.clamp(-1, 1) * F.silu(b), "mul(min(max(up, -1.0), 1.0), silu(gate))", 1),
+        (lambda a, b: a * b, "mul(gate, up)", 0),
+        (lambda a, b: (b + 1) * torch.tanh(a), "mul(add(up, 1.0), tanh(gate))", 0),
+    ],
+)
+def test_two_products_are_gate_and_up(
+    act: Callable[..., torch.Tensor], text: str, gate: int, bias: bool
+) -> None:
+    module = TwoProducts(act, bias)
+    node = traced_module(module)
+    read = read_activation(node)
+    assert str(read.expr) == text
+    assert read.up_rows is not None
+    assert (read.gated, read.interleaved) == (True, False)
+    rows = 3 * torch.randn(5, WIDTH)
+    values = values_of(module, node.graph, rows)
+    leaves = {"gate": values[read.rows.name], "up": values[read.up_rows.name]}
+    torch.testing.assert_close(evaluate(read.expr, **leaves), module(rows))
+    weight = (module.w1, module.w3)[gate]
+    expected = F.linear(rows, weight, (module.b1, module.b3)[gate] if bias else None)
+    torch.testing.assert_close(leaves["gate"], expected)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda a, b: F.silu(a) * b * a.flip(0),
+        lambda a, b: F.silu(a) * b + a.cumsum(0),
+        lambda a, b: F.silu(a.chunk(2, -1)[0]) * b[..., :4] * a.chunk(2, -1)[1],
+    ],
+)
+def test_refuses_what_is_neither_two_products_nor_two_halves(
+    act: Callable[..., torch.Tensor],
+) -> None:
+    with pytest.raises(UnreadableActivation):
+        read_activation(traced_module(TwoProducts(act)))

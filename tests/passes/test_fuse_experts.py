@@ -9,6 +9,9 @@ from moecc.passes.ir import Program
 from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, run
 from tests.models import BatchedMoe, Captured, Dense, GroupedMoe, capture, relative_error, tokens
+from tests.passes.hand_written import Block, H
+from tests.passes.test_gated_input import Llama4
+from tests.passes.test_gathered import GptFast
 
 PASSES = (detect_moe, fuse_experts)
 
@@ -20,6 +23,14 @@ def fuse(captured: Captured) -> Result:
 @pytest.mark.parametrize("model", [GroupedMoe, BatchedMoe])
 def test_makes_one_call_of_a_block(model: type[GroupedMoe], golden: Callable[[str], None]) -> None:
     step = fuse(capture(model(), tokens(6))).steps[-1]
+    golden(f"{step.before}→\n{step.after}")
+
+
+@pytest.mark.parametrize("model", [GptFast, Llama4])
+def test_puts_around_the_call_what_the_model_needs(
+    model: type[Block], golden: Callable[[str], None]
+) -> None:
+    step = fuse(capture(model(), torch.randn(6, H))).steps[-1]
     golden(f"{step.before}→\n{step.after}")
 
 
@@ -47,6 +58,14 @@ def test_keeps_the_dtype_of_a_sum_that_the_model_leaves_wide() -> None:
 def test_leaves_a_graph_without_blocks_alone() -> None:
     step = fuse(capture(Dense(), tokens(4, torch.float32))).steps[-1]
     assert (step.rewrites, step.before) == (0, step.after)
+
+
+@pytest.mark.parametrize("model", [GptFast, Llama4])
+def test_running_twice_over_what_stands_around_the_call_is_running_once(model: type[Block]) -> None:
+    once = fuse(capture(model(), torch.randn(6, H)))
+    twice = run(once.program, Options(), PASSES, keep_text=True)
+    assert twice.program.blocks == once.program.blocks
+    assert twice.steps[-1].after == once.steps[-1].after
 
 
 def test_running_twice_is_running_once() -> None:

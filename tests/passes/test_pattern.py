@@ -71,3 +71,27 @@ def test_knows_what_writes_in_place(function: object, expected: bool) -> None:
     nodes = fx.symbolic_trace(function).graph.find_nodes
     calls = [*nodes(op="call_method"), *nodes(op="call_function", target=torch.add)]
     assert [mutates(node) for node in calls[:1]] == [expected] * len(calls[:1])
+
+
+@pytest.mark.parametrize("function", [lambda x: x.sum(1), lambda x: torch.sum(x, dim=1)])
+def test_an_argument_may_be_given_by_position_or_by_name(function: object) -> None:
+    assert Match().find(call("sum", ANY, dim=1), last(function))
+    assert not Match().find(call("sum", ANY, dim=0), last(function))
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: torch.argsort(x, -1, True), "descending"),
+        (lambda x: x.sum(1, True), "keepdim"),
+        (lambda x: torch.arange(x, 2), "end"),
+    ],
+)
+def test_an_argument_by_position_that_changes_the_call_is_refused(
+    function: object, why: str
+) -> None:
+    name = op_name(last(function))
+    dim = {"dim": 1} if name == "sum" else {}
+    match = Match()
+    assert not match.find(call(name, ANY, **dim), last(function))
+    assert match.reason.endswith(f"is called with {why}")
