@@ -91,16 +91,23 @@ def _is_ours(compiler: Any) -> bool:
 def _hook_compile(context: Any) -> None:
     """Adopt the model of every `torch.compile(model, backend="moecc")` and check its options."""
     original = context.__call__
+    inside: set[int] = set()
 
     @functools.wraps(original)
     def compile_and_adopt(self: Any, fn: Any) -> Any:
+        if id(self) in inside:  # for a module, torch calls itself with the module's forward
+            return original(self, fn)
         if _is_ours(getattr(self, "callback", None)):
             options = Options.parse(_options_of(self.callback))
             transformers_experts.install(traced_by_us, note)
             model = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
             if isinstance(model, torch.nn.Module):
                 adopt(model, options)
-        return original(self, fn)
+        inside.add(id(self))
+        try:
+            return original(self, fn)
+        finally:
+            inside.discard(id(self))
 
     context.__call__ = compile_and_adopt
 

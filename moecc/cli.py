@@ -85,6 +85,33 @@ def passes(
 
 
 @app.command(
+    epilog="Examples: [b]moecc why qwen3_moe[/b] · "
+    "[b]moecc why model.py:make layers.3.mlp[/b] · [b]moecc why CHECKPOINT --json[/b]"
+)
+def why(
+    model: Model,
+    path: Annotated[
+        str, typer.Argument(help="Only this module and what is in it.", show_default=False)
+    ] = "",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say for each MoE block, and for what looks like one, why it was matched or not.
+
+    Exit status 1 if something was not matched, or nothing was found.
+    """
+    from moecc import inspection, reasons
+
+    answers = reasons.answers(inspection.inspect(model, dtype=dtype), path)
+    if as_json:
+        typer.echo(json.dumps([answer.to_dict() for answer in answers], indent=2))
+    else:
+        reasons.print_answers(answers, Console())
+    if not answers or not all(answer.matched for answer in answers):
+        raise typer.Exit(1)
+
+
+@app.command(
     epilog='Examples: [b]moecc run benchmarks/reference -p "In the beginning"[/b] · '
     "[b]moecc run MODEL --prompt-file prompt.txt -n 200 --rounds 5[/b]"
 )

@@ -100,11 +100,15 @@ def _split(made: Any) -> tuple[Any, Any]:
 
 
 def _token_inputs(model: nn.Module) -> tuple[Any, ...]:
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
     if size is None:
         raise ModelError(
             "the model has no config.vocab_size to make token inputs from; let the factory "
             "return (model, inputs)"
         )
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(3, int(size), (2, 16), generator=generator),)
+    tokens = torch.randint(3, int(size), (2, 16), generator=generator)
+    if getattr(config, "is_encoder_decoder", False):
+        return tokens, None, tokens[:, :4]  # input_ids, attention_mask, decoder_input_ids
+    return (tokens,)

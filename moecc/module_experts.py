@@ -19,9 +19,10 @@ from torch import nn
 
 from moecc.module_recipes import MARK, Recipe, bank_experts, learn
 from moecc.observe.block import plain_state
-from moecc.observe.recorder import Unrecordable
+from moecc.observe.unrecordable import Unrecordable
 from moecc.passes.options import Options
 from moecc.runtime.errors import InputError, StrictError
+from moecc.runtime.modules import children_of, has_hooks, named_modules, parameters_of
 from moecc.transformers_experts import Road, adopted, is_recorded
 
 
@@ -33,8 +34,10 @@ class Raised:
     gate_up_bias: torch.Tensor
     down_bias: torch.Tensor
 
-    def __init__(self, recipe: Recipe, banks: dict[str, torch.Tensor]) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, kind: type[nn.Module], recipe: Recipe, banks: dict[str, torch.Tensor]
+    ) -> None:
+        self.kind, self.recipe = kind, recipe
         self.__dict__.update(banks)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -42,8 +45,8 @@ class Raised:
         return type(None), ()
 
 
-_forwards: dict[type[nn.Module], Callable[..., Any]] = {}
-"""The own forward of every class that has our dispatcher in front."""
+_forwards: dict[type[nn.Module], tuple[Callable[..., Any], bool]] = {}
+"""The forward of every class that has our dispatcher in front, and whether it was a base's."""
 
 
 def adopt(
@@ -59,15 +62,19 @@ def adopt(
     done: set[nn.Module] = set()
     recipes: dict[Any, Recipe | Unrecordable] = {}
     for path, module, experts in _candidates(model):
-        if getattr(module, MARK, None) is not None:
+        if MARK in module.__dict__:
             done.update(experts or [module])
-        if done.intersection([*experts, *module.children(), module]):
+        if done.intersection([*experts, *_children(module), module]):
             continue  # the module inside this one that holds the experts was raised
         try:
             _raise(module, experts, options, recipes)
         except (Unrecordable, InputError) as error:
             if isinstance(error, InputError) or error.routes:
                 note(path or type(module).__name__, f"its experts stay a loop: {error}")
+            continue
+        except Exception as error:  # no model may fail to compile because of how it is built
+            why = f"it could not be looked at: {type(error).__name__}: {error}"
+            note(path or type(module).__name__, why)
             continue
         done.update(experts or [module])
         _put_in_front(type(module), traced_by_us, note)
@@ -80,7 +87,11 @@ def release(model: nn.Module) -> None:
             adopted.pop(module, None)
     in_use = Counter(type(module) for module in adopted)
     for kind in [kind for kind in _forwards if not in_use[kind]]:
-        kind.forward = _forwards.pop(kind)
+        own, inherited = _forwards.pop(kind)
+        if inherited:
+            del kind.forward
+        else:
+            kind.forward = own
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Sequence[nn.Module]]]:
@@ -89,19 +100,19 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Sequence[nn.
     Either they hold several modules of one class, directly or in a container, or several stacked
     parameters; then the experts are parts of those, and no modules are listed.
     """
-    for path, module in reversed(list(model.named_modules())):
-        if type(module).forward in (nn.Module.forward, nn.Sequential.forward):
-            continue  # a mere container
-        if any(one in adopted and not hasattr(one, MARK) for one in module.modules()):
+    for path, module in reversed(named_modules(model)):
+        own = getattr(type(module), "forward", None)
+        if own in (None, nn.Module.forward, nn.Sequential.forward):
+            continue  # a mere container, or scripted
+        if any(one in adopted and MARK not in one.__dict__ for one in module.modules()):
             continue  # transformers' own experts
-        for holder in (module, *module.children()):
-            inside = [*holder.children()]
+        for holder in (module, *_children(module)):
             if holder is not module and not isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
                 continue
-            kinds = {type(child) for child in inside}
-            if len(inside) > 1 and len(kinds) == 1 and not kinds & _NO_EXPERTS:
-                yield path, module, inside
-        near = [weight for one in (module, *module.children()) for weight in _stacked(one)]
+            kinds = Counter(map(type, _children(holder))).most_common(1)
+            if kinds and kinds[0][1] > 1 and kinds[0][0] not in _NO_EXPERTS:
+                yield path, module, [one for one in _children(holder) if type(one) is kinds[0][0]]
+        near = [weight for one in (module, *_children(module)) for weight in _stacked(one)]
         if len(near) > 1:
             yield path, module, ()
 
@@ -114,7 +125,7 @@ def _stacked(module: nn.Module) -> list[nn.Parameter]:
     """List parameters that a module multiplies by in its own way."""
     if isinstance(module, _LAYERS) or type(module).__module__.startswith("torch.nn.modules.conv"):
         return []
-    return [one for one in module._parameters.values() if one is not None and one.dim() >= 2]
+    return [one for one in parameters_of(module).values() if one is not None and one.dim() >= 2]
 
 
 def _raise(
@@ -124,12 +135,6 @@ def _raise(
     recipes: dict[Any, Recipe | Unrecordable],
 ) -> None:
     """Observe a block, or use what was learned from one like it; bank its experts and mark it."""
-    if _has_hooks([*module.modules()]):
-        raise Unrecordable("it or its experts have hooks, which a rewrite would not call")
-    if module.training:
-        raise Unrecordable("it is in training mode; call eval() before torch.compile")
-    if len({_kind(one) for one in experts}) > 1:
-        raise Unrecordable("its experts are not all alike")
     key = (type(module), _kind(module), bool(experts))
     if key not in recipes:
         try:
@@ -139,9 +144,24 @@ def _raise(
     recipe = recipes[key]
     if isinstance(recipe, Unrecordable):
         raise recipe
+    if why := _obstacle(module, experts):
+        raise InputError(why)
     banks = bank_experts(module, experts, recipe.expert) if experts else {}
-    setattr(module, MARK, Raised(recipe, banks))
+    setattr(module, MARK, Raised(type(module), recipe, banks))
     adopted[module] = Road(options, recipe.kernel, declined=recipe.declined)
+
+
+def _obstacle(module: nn.Module, experts: Sequence[nn.Module]) -> str:
+    """Say why a block that could be raised as it was observed must not be, or nothing."""
+    if any(map(has_hooks, module.modules())):
+        return "it or its experts have hooks, which a rewrite would not call"
+    if any("forward" in one.__dict__ for one in module.modules()):
+        return "a forward was put on the module itself, around that of its class"
+    if module.training:
+        return "it is in training mode; call eval() before torch.compile"
+    if len({_kind(one) for one in experts}) > 1:
+        return "its experts are not all alike"
+    return ""
 
 
 def _put_in_front(
@@ -150,7 +170,8 @@ def _put_in_front(
     """Put the dispatcher before the forward of a class, once."""
     if kind in _forwards:
         return
-    own = _forwards[kind] = kind.forward
+    own = kind.forward
+    _forwards[kind] = own, "forward" not in vars(kind)
 
     @torch.compiler.assume_constant_result
     def is_ours() -> bool:
@@ -164,7 +185,7 @@ def _put_in_front(
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raised: Raised | None = getattr(self, MARK, None)
-        if raised is None:
+        if raised is None or raised.kind is not kind:  # or a subclass calls super().forward()
             return own(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             if not is_ours():
@@ -213,7 +234,7 @@ def _refusal(module: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: A
             owner = getattr(owner, part)
         if getattr(owner, name) != value:
             return f"{'.'.join((*path, name))} is not {value!r} any more"
-        if owner._forward_hooks or owner._forward_pre_hooks:
+        if has_hooks(owner):
             return "a module in it has hooks, which a rewrite would not call"
     return ""
 
@@ -222,15 +243,15 @@ def _dims(args: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple([one.dim() for one in args])
 
 
-def _has_hooks(modules: Sequence[nn.Module]) -> bool:
-    return any(one._forward_hooks or one._forward_pre_hooks for one in modules)
+def _children(module: nn.Module) -> list[nn.Module]:
+    return [child for child in children_of(module).values() if child is not None]
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
     """Describe what a module's forward can go by: classes, plain attributes, shapes, dtypes."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return (
-        tuple((path, type(child)) for path, child in module.named_modules()),
+        tuple((path, type(child)) for path, child in named_modules(module)),
         plain_state(module),
         tuple((path, one.shape, one.dtype, str(one.device)) for path, one in tensors),
     )

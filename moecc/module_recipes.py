@@ -3,12 +3,14 @@
 The recipe of a block is the same for all blocks that are alike; what differs are the tensors.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import mark_static
 
 from moecc.codegen.activation import evaluate
 from moecc.codegen.emit import choose
@@ -16,11 +18,14 @@ from moecc.codegen.reference import split_gate_up
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.observe.block import attributes, observe_modules, observe_stacked
 from moecc.observe.expert import Expert, read_module
+from moecc.observe.other_weights import give_other_weights
 from moecc.observe.products import Matrix
-from moecc.observe.recorder import Slice, Unrecordable
+from moecc.observe.recorder import Slice
 from moecc.observe.rewrite import Weight, write_with
+from moecc.observe.unrecordable import Unrecordable
 from moecc.runtime import ops
 from moecc.runtime.bank import Bank, refresh
+from moecc.runtime.modules import named_modules
 
 MARK = "_moecc"
 """The attribute of an adopted block."""
@@ -46,12 +51,17 @@ def learn(module: nn.Module, experts: Sequence[nn.Module], kernels: str) -> Reci
     Raises `Unrecordable` with the reason when its loop cannot be replaced.
     """
     if experts:
-        expert = read_module(experts[0])
-        _check_modules(expert, experts[0])
+        (first,) = _copies([experts[0]], experts[0])
+        expert = read_module(first)
+        _check_modules(expert, first)
+        module, *experts = _copies([module, *experts], module)
+        give_other_weights(module, experts)
         forms = observe_modules(module, experts, expert)
         weights = _banked(expert)
         count = len(experts)
     else:
+        (module,) = _copies([module], module)
+        give_other_weights(module, ())
         forms, stacked = observe_stacked(module)
         expert, count = stacked.expert, stacked.count
         weights = _in_place(expert, count)
@@ -62,7 +72,7 @@ def learn(module: nn.Module, experts: Sequence[nn.Module], kernels: str) -> Reci
         forms={form.dims: write_with(form.node, call, weights) for form in forms},
         state=tuple(
             (tuple(filter(None, path.split("."))), name, value)
-            for path, child in module.named_modules()
+            for path, child in named_modules(module)
             if child not in inner
             for name, value in attributes(child).items()
             if isinstance(value, (bool, int, float, str))
@@ -71,6 +81,26 @@ def learn(module: nn.Module, experts: Sequence[nn.Module], kernels: str) -> Reci
         kernel=kernel,
         declined="; ".join(declined),
     )
+
+
+def _copies(modules: Sequence[nn.Module], around: nn.Module) -> list[nn.Module]:
+    """Copy modules to observe, without hooks and in eval mode, parameters shared.
+
+    What calls leave behind, such as counted loads, stays in the copies. Raises `Unrecordable` when
+    they cannot be copied.
+    """
+    known: dict[int, Any] = {id(one): one for one in around.parameters()}
+    try:
+        copies = [copy.deepcopy(module, known) for module in modules]
+    except Exception as error:  # whatever an attribute raises
+        failed = Unrecordable(f"it cannot be copied to be observed: {error}")
+        failed.routes = len(modules) > 1  # its experts were read already
+        raise failed from error
+    for module in copies[0].modules():
+        module.training = False
+        module._forward_hooks.clear()  # pyright: ignore[reportPrivateUsage]
+        module._forward_pre_hooks.clear()  # pyright: ignore[reportPrivateUsage]
+    return copies
 
 
 Weights = tuple[Weight | None, ...]
@@ -119,6 +149,8 @@ def bank_experts(
         for product in ("gate_up", "down"):
             weight = tensors[product]
             tensors.setdefault(f"{product}_bias", weight.new_zeros(weight.shape[:2]))
+    for tensor in tensors.values():
+        mark_static(tensor)  # as parameters are, even with dynamic=True
     return tensors
 
 
@@ -132,8 +164,6 @@ def _in_place(expert: Expert, count: int) -> Weights:
     matrices = (*expert.first, expert.second)
     if any(one.offset for one in matrices):
         raise Unrecordable("its experts are not one after another in their parameters")
-    if len({one.turned for one in matrices}) > 1:
-        raise Unrecordable("its two products store their weights in different layouts")
     if bool(expert.first_bias) != (expert.second_bias is not None) or len(expert.first_bias) > 1:
         raise Unrecordable("only some of its products have a bias")
 
@@ -158,7 +188,8 @@ def _spec(module: nn.Module, expert: Expert, count: int, weights: Weights) -> Ke
         activation=expert.activation,
         gated=expert.gated,
         interleaved=expert.interleaved,
-        transposed=expert.second.turned,
+        transposed=expert.first[0].turned,
+        down_transposed=expert.second.turned,
         bias=weights[2] is not None,
         split=weights[4] is not None,
         device=next(module.parameters()).device.type,
@@ -184,13 +215,14 @@ def _experts_call(kernel: Kernel) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         ids = ids.to(torch.int64)
         if torch.compiler.is_dynamo_compiling():
-            linear, turned = torch.ops.moecc.expert_linear, spec.transposed
-            rows = linear(hidden, ids, gate_up, gate_up_bias, turned)
+            linear = torch.ops.moecc.expert_linear
+            rows = linear(hidden, ids, gate_up, gate_up_bias, spec.transposed)
             if up is None:
                 leaves = split_gate_up(rows, spec)
             else:
-                leaves = {"gate": rows, "up": linear(hidden, ids, up, None, turned)}
-            terms = linear(evaluate(spec.activation, **leaves), ids, down, down_bias, turned)
+                leaves = {"gate": rows, "up": linear(hidden, ids, up, None, spec.transposed)}
+            rows = evaluate(spec.activation, **leaves)
+            terms = linear(rows, ids, down, down_bias, spec.down_transposed)
             return torch.ops.moecc.combine(terms, weights).to(hidden.dtype)
         refresh(gate_up)
         ops.calls[kernel.key] += 1

@@ -1,7 +1,7 @@
 """Write reports and tables of passes as text for people."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +49,8 @@ def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
     blocks = {block["path"]: block for graph in graphs for block in graph.blocks}
     if blocks:
         console.print(_blocks(tuple(blocks.values())))
+        _print_described("routers", _routers(blocks.values()), console)
+        _print_described("shared experts", _shared(blocks.values()), console)
         console.print("kernels")
         _print_list(dict.fromkeys(block["kernel"] for block in blocks.values()), console)
     misses = [f"{miss['where']}: {miss['why']}" for graph in graphs for miss in graph.misses]
@@ -94,6 +96,38 @@ def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:
         sizes = [str(block[name]) for name in ("experts", "active", "hidden_size", "intermediate")]
         table.add_row(block["path"], block["style"], block["source"], *sizes, block["dtype"])
     return table
+
+
+def _routers(blocks: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Give each block's router, its matrix and the block's path."""
+    for block in blocks:
+        if router := block["router"]:
+            matrix = f"matrix {router['matrix']}{' + bias' * router['matrix_bias']}"
+            about = (matrix if router["matrix"] else "", router["dtype"])
+            yield router["text"], ", ".join(filter(None, about)), block["path"]
+
+
+def _shared(blocks: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    for block in blocks:
+        if shared := block["shared"]:
+            yield shared["text"], "", block["path"]
+
+
+def _print_described(
+    title: str, described: Iterable[tuple[str, str, str]], console: Console
+) -> None:
+    """Print each description once, with the blocks that it holds for."""
+    paths: dict[tuple[str, str], list[str]] = {}
+    for text, about, path in described:
+        paths.setdefault((text, about), []).append(path)
+    if paths:
+        console.print(title)
+    for (text, about), holders in paths.items():
+        more = f" and {len(holders) - 1} more" if len(holders) > 1 else ""
+        console.print(f"  - {text}", markup=False, soft_wrap=True)
+        about = f"{about}: " if about else ""
+        where = f"    {about}{holders[0]}{more}"
+        console.print(where, markup=False, soft_wrap=True, style="dim")
 
 
 def _print_list(lines: Iterable[str], console: Console) -> None:

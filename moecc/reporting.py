@@ -23,9 +23,11 @@ class GraphReport:
     passes: tuple[dict[str, Any], ...]
     """name, rewrites, nodes_before, nodes_after, milliseconds, note"""
     blocks: tuple[dict[str, Any], ...]
-    """path, style, source, experts, active, hidden_size, intermediate, dtype, activation, kernel"""
+    """path, style, source, experts, active, hidden_size, intermediate, dtype, activation, kernel;
+    router: text, steps, unknown, matrix, matrix_bias, dtype, reads; shared: text, intermediate,
+    gated, activation, gate, then, unknown, or None"""
     misses: tuple[dict[str, Any], ...]
-    """where, why, fallback"""
+    """where, why, fallback, node, source"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,12 @@ def _block(block: Any, kernel: str) -> dict[str, Any]:
     names = ("path", "style", "source", "experts", "active", "hidden_size", "intermediate")
     plain = {name: getattr(block, name) for name in names}
     dtype = str(block.dtype).removeprefix("torch.")
-    return plain | {"dtype": dtype, "activation": str(block.activation), "kernel": kernel}
+    described = {
+        name: None if (found := getattr(block, name)) is None else found.to_dict()
+        for name in ("router", "shared")
+    }
+    text = {"dtype": dtype, "activation": str(block.activation), "kernel": kernel}
+    return plain | text | described
 
 
 def _eager(model: nn.Module) -> EagerReport | None:

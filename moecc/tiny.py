@@ -1,83 +1,120 @@
 """Make a tiny random instance of any transformers model type, to look at or to test with.
 
-Only sizes are set, by the names that configurations use for them; the architecture stays the
-model type's own.
+Only sizes are set, by the names that configurations use for them (`moecc.tiny_families`); the
+architecture stays the model type's own. Of a vision-language family the text model is made.
 """
 
 import dataclasses
 import importlib
 import inspect
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
 from moecc.runtime.errors import MissingExtra, ModelError
+from moecc.tiny_families import CLASSES, EXCEPTIONS, MODEL_TYPES, SIZES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "max_position_embeddings": 256, "sliding_window": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
-    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
-    "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
-    "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "num_shared_experts": 1,
-    "first_k_dense_replace": 0, "num_dense_layers": 0,
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-}  # fmt: skip
-_MULTI_LATENT = {"num_key_value_heads": 4, "head_dim": 8}
-EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": _MULTI_LATENT | {"topk_method": "group_limited_greedy"},
-    "deepseek_v3": _MULTI_LATENT | {"first_k_dense_replace": 1, "num_hidden_layers": 3},
-    "qwen3_moe": {"norm_topk_prob": True},
-}
-"""Settings that a model type needs beyond small sizes."""
+_AUTO = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_MAPPING")
+"""Where transformers keeps the class of a configuration, the most useful kind first."""
+_MOST_PARAMETERS = 10_000_000
+"""40 MB of float32: more means that a configuration has a size which SIZES does not know."""
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """Make the configuration.
+    """Make the configuration, the text model's where there are several.
 
     Raises `ModelError` for an unknown model type, `MissingExtra` without transformers.
     """
-    try:
-        mapping: Any = importlib.import_module("transformers").CONFIG_MAPPING
-    except ImportError as error:
-        raise MissingExtra(
-            "model types need transformers: pip install moecc[transformers]"
-        ) from error
-    if model_type not in mapping:
+    mapping: Any = _transformers().CONFIG_MAPPING
+    known = MODEL_TYPES.get(model_type, model_type)
+    if known not in mapping:
         raise ModelError(
             f"{model_type!r} is no checkpoint folder, no file.py:factory and no model type of "
             "the installed transformers"
         )
-    kind: Any = mapping[model_type]
-    known = (
-        {field.name for field in dataclasses.fields(kind)}
-        if dataclasses.is_dataclass(kind)
-        else set(inspect.signature(kind.__init__).parameters)
-    )
-    sizes = {name: value for name, value in SIZES.items() if name in known}
-    config: Any = kind
-    return config(**sizes | EXCEPTIONS.get(model_type, {}) | changes)
+    whole: Any = mapping[known]
+    parts: dict[str, Any] = getattr(whole, "sub_configs", None) or {}
+    kind: Any = parts.get("text_config", whole)
+    sizes = {name: value for name, value in SIZES.items() if name in _settings(kind)}
+    return kind(**sizes | EXCEPTIONS.get(model_type, {}) | changes)
 
 
 def tiny_model(
     model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> nn.Module:
-    """Make a causal language model of a few layers with random weights, in eval mode."""
+    """Make a model of a few layers with random weights, in eval mode.
+
+    Raises `ModelError` for a model type that is unknown, has no model, or would not be tiny.
+    """
     config = tiny_config(model_type, **changes)
-    auto: Any = importlib.import_module("transformers").AutoModelForCausalLM
+    kind = _model_class(model_type, config)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in kind._from_config(config).parameters())
+    if size > _MOST_PARAMETERS:
+        raise ModelError(
+            f"{model_type!r} would have {size:,} parameters; name the size that makes it so in "
+            "moecc/tiny_families.py"
+        )
     torch.manual_seed(seed)
-    try:
-        model: nn.Module = auto.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise ModelError(f"{model_type!r} is not a causal language model: {error}") from error
+    model: nn.Module = kind._from_config(config, dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.05)  # some models leave expert weights uninitialised
-            elif not torch.isfinite(parameter).all():
-                parameter.zero_()
+        _widen(model)
+        _randomise(model)
     return model.eval()
+
+
+def _settings(kind: Any) -> set[str]:
+    """Collect what a configuration can be given; old ones are no dataclasses."""
+    if dataclasses.is_dataclass(kind):
+        return {field.name for field in dataclasses.fields(kind)}
+    return set(inspect.signature(kind.__init__).parameters)
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtra(
+            "model types need transformers: pip install moecc[transformers]"
+        ) from error
+
+
+def _model_class(model_type: str, config: Any) -> Any:
+    if name := CLASSES.get(model_type):
+        modeling = type(config).__module__.replace(".configuration_", ".modeling_")
+        return getattr(importlib.import_module(modeling), name)
+    for auto in _AUTO:
+        mapping: Any = getattr(_transformers(), auto)
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise ModelError(f"{model_type!r} has no model that transformers' Auto classes know")
+
+
+def _widen(model: nn.Module) -> None:
+    """Hold in float32 what the model type loads in float32, whatever dtype is asked for."""
+    names: set[str] = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(re.search(pattern, name) for pattern in names) and tensor.dtype.itemsize < 4:
+            tensor.data = tensor.data.float()
+
+
+def _randomise(model: nn.Module) -> None:
+    """Leave nothing uninitialised, and no bias at zero or scale at one: those hide mistakes."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(0, 0.05)
+        elif torch.isfinite(parameter).all():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        else:
+            parameter.zero_()
+    config: Any = model.config
+    for buffer in model.buffers():
+        if buffer.any():
+            continue  # a table that the model computed
+        if buffer.is_floating_point():
+            buffer.normal_(0, 0.05)  # a correction of the router's scores, which training fills
+        elif buffer.dim() == 2:  # the experts of each token id, [vocabulary, K]
+            scores = torch.rand(len(buffer), config.n_routed_experts)
+            buffer.copy_(scores.argsort(dim=-1)[:, : buffer.shape[1]])

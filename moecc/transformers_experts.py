@@ -127,12 +127,37 @@ def canonical_forward(
     )
     second_bias = module.down_proj_bias if bias else None
     turned = bool(module.is_transposed)
-    rows = torch.ops.moecc.expert_linear(hidden, ids, first, first_bias, turned)
+    normed = getattr(module, "has_post_expert_norm", False)
+    rows, chosen, shares = (
+        _one_row_a_choice(hidden, ids, weights) if normed else (hidden, ids, weights)
+    )
+    rows = torch.ops.moecc.expert_linear(rows, chosen, first, first_bias, turned)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    terms = torch.ops.moecc.expert_linear(rows, ids, module.down_proj, second_bias, turned)
-    if getattr(module, "has_post_expert_norm", False):
-        terms = module.post_expert_norm(terms)
-    return torch.ops.moecc.combine(terms, weights).to(hidden.dtype)
+    terms = torch.ops.moecc.expert_linear(rows, chosen, module.down_proj, second_bias, turned)
+    out = torch.ops.moecc.combine(terms, shares)
+    out = _sum_normed(module, out, weights) if normed else out
+    return out.to(hidden.dtype)
+
+
+def _one_row_a_choice(
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make every choice a token with one expert: the block's sum is then that expert's output.
+
+    [T, H], [T, K], [T, K] → [T*K, H], [T*K, 1], [T*K, 1]. A norm of each expert's output comes
+    before the weighted sum, and so has to stay outside of the block.
+    """
+    chosen = ids.reshape(-1, 1)
+    rows = hidden.repeat_interleave(ids.shape[1], dim=0)
+    return rows, chosen, torch.ones_like(chosen, dtype=weights.dtype)
+
+
+def _sum_normed(module: Any, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Norm each expert's output [T*K, H] and give the weighted sum over k."""
+    terms = module.post_expert_norm(outputs)
+    wide = torch.promote_types(terms.dtype, torch.float32)
+    terms = terms.to(wide).view(*weights.shape, terms.shape[-1]) * weights.to(wide).unsqueeze(-1)
+    return terms.sum(dim=1).to(outputs.dtype)
 
 
 def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -188,18 +213,24 @@ def _run_eager(
         return own(module, *args, **kwargs)
     road.calls += 1
     ops.calls[kernel.key] += 1
-    hidden, ids, weights = inputs
+    return _run_kernel(kernel, module, *inputs)
+
+
+def _run_kernel(
+    kernel: Kernel, module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    return kernel.run(
-        hidden,
-        ids,
-        weights,
+    normed = getattr(module, "has_post_expert_norm", False)
+    inputs = _one_row_a_choice(hidden, ids, weights) if normed else (hidden, ids, weights)
+    out = kernel.run(
+        *inputs,
         getattr(module, first),
         cast(torch.Tensor, module.down_proj),
         getattr(module, f"{first}_bias", None) if module.has_bias else None,
         getattr(module, "down_proj_bias", None) if module.has_bias else None,
         None,
     )
+    return _sum_normed(module, out, weights) if normed else out
 
 
 def is_recorded() -> bool:
@@ -221,11 +252,8 @@ def _kernel(module: Any, road: Road) -> Kernel | None:
     weights = tuple((w.dtype, w.device.type, w.shape) for w in (first, module.down_proj))
     kind = (weights, id(getattr(module, "act_fn", None)), module.is_transposed)
     if road.made_for != kind:
-        road.made_for, road.kernel, road.declined = kind, None, ""
-        if getattr(module, "has_post_expert_norm", False):
-            road.declined = "a norm follows each expert, which kernels do not have"
-        else:
-            road.kernel, road.declined = _choose(module, road.options)
+        road.made_for = kind
+        road.kernel, road.declined = _choose(module, road.options)
     return road.kernel
 
 
@@ -247,6 +275,7 @@ def _choose(module: Any, options: Options) -> tuple[Kernel | None, str]:
         gated=activation.gated,
         interleaved=activation.interleaved,
         transposed=bool(module.is_transposed),
+        down_transposed=bool(module.is_transposed),
         bias=bool(module.has_bias),
         device=module.down_proj.device.type,
     )

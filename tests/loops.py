@@ -257,9 +257,35 @@ class StackedSlices(nn.Module):
         return out
 
 
+class PutTogether(nn.Module):
+    """Parallel experts: products in a loop, everything between them on all rows at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.wide = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, HIDDEN) / 4)
+        self.narrow = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) / 4)
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        pieces = x.split(counts, dim=0)
+        return torch.cat([F.linear(pieces[i], weight[i]) for i in range(EXPERTS)], dim=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, HIDDEN)
+        best, ids = self.score(flat).topk(ACTIVE, dim=1)
+        counts = torch.zeros(best.shape[0], EXPERTS).scatter(1, ids, 1).long().sum(0).tolist()
+        _, order = ids.flatten().sort(0)
+        token = order.div(ACTIVE, rounding_mode="trunc")
+        gate, up = self.product(flat[token], self.wide, counts).chunk(2, dim=-1)
+        rows = self.product(F.silu(gate) * up, self.narrow, counts)
+        rows = rows * best.softmax(1).flatten()[order][:, None]
+        return torch.zeros_like(flat).index_add(0, token, rows).view(x.shape)
+
+
 LOOPS: tuple[Callable[[], nn.Module], ...] = (
     WhereLoop, HitLoop, SortedSlices, IfAnyMask, NonzeroGates, TopOneMasks, StackedOutputs,
     WeighedInput, NamedExperts, RouterApart, StackedSlices,
+    PutTogether,
 )  # fmt: skip
 FLAT = (NonzeroGates, WeighedInput, StackedSlices)
 """Those that take [T, H] only."""

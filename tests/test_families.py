@@ -63,6 +63,26 @@ def test_a_family_agrees_with_eager(family: str) -> None:
     check_family(family, "eager", None)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_a_norm_of_each_experts_output_stays_between_expert_and_sum(implementation: str) -> None:
+    plain: Any = tiny_model("muse_spark")
+    ours = tiny_model("muse_spark")
+    plain.set_experts_implementation(implementation)
+    tokens = ids(2, 16)
+    compiled = torch.compile(ours, backend="moecc", fullgraph=True, options={"inner": "eager"})
+    with torch.no_grad():
+        expected = plain(tokens).last_hidden_state
+        for road in (compiled, ours):
+            got = road(tokens).last_hidden_state
+            assert relative_error(got, expected) < TOLERANCE
+    report = moecc.report(ours)
+    (graph,) = report.graphs
+    assert len(graph.blocks) == 2
+    assert not graph.misses
+    assert report.eager is not None
+    assert (report.eager.calls, report.eager.own_calls, report.eager.reasons) == (2, 0, ())
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_the_eager_loop_compiles_to_one_graph_too(family: str) -> None:
     check_family(family, "eager", "eager")

@@ -1,19 +1,21 @@
 """Observe one module that calls its experts in Python, and prove the rewrite on other inputs."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten
 
+from moecc.observe.counts import sized_len
 from moecc.observe.expert import Expert
 from moecc.observe.explain import TOLERANCE, explain
 from moecc.observe.inputs import Inputs, Shape, first_inputs, makers, other_inputs
+from moecc.observe.other_weights import check_reads_no_expert
 from moecc.observe.recorder import Recorder
 from moecc.observe.rewrite import put_experts, write
 from moecc.observe.slices import RealExperts, Stacked, find_stacked
@@ -57,8 +59,17 @@ def observe_modules(
     device = next(module.parameters()).device
     stand_ins = StandIns(len(experts), expert.hidden, device)
     shape = Shape(hidden=expert.hidden, experts=len(experts), dtype=expert.dtype, device=device)
+
+    def find(recorder: Recorder) -> Experts:
+        check_reads_no_expert(recorder, module, experts)
+        return stand_ins
+
     return _observe(
-        module, shape, lambda recorder: replaced(experts, stand_ins, recorder), lambda _: stand_ins
+        module,
+        shape,
+        lambda recorder: replaced(experts, stand_ins, recorder),
+        find,
+        lambda recorder: recorder.routes(),
     )
 
 
@@ -81,7 +92,7 @@ def observe_stacked(module: nn.Module) -> tuple[tuple[Form, ...], Stacked]:
         counts = {weight.shape[0] for weight in weights if weight.dim() == 3} or {8}
         shape = Shape(hidden=width, experts=min(counts), dtype=first.dtype, device=first.device)
         try:
-            forms = _observe(module, shape, lambda _: nullcontext(), real)
+            forms = _observe(module, shape, lambda _: nullcontext(), real, _decides)
         except Unrecordable as error:
             refused = error if error.routes or not refused.routes else refused
             continue
@@ -96,6 +107,7 @@ def _observe(
     shape: Shape,
     context: Callable[[Recorder | None], AbstractContextManager[None]],
     find: Callable[[Recorder], Experts],
+    routes: Callable[[Recorder], bool],
 ) -> tuple[Form, ...]:
     forms: list[Form] = []
     refused = Unrecordable("its forward does not take one tensor, or three")
@@ -111,11 +123,16 @@ def _observe(
                 forms.append(Form(dims=tuple(one.dim() for one in inputs), node=node))
             except Exception as error:  # whatever a module raises on inputs it does not take
                 failed = Unrecordable(_reason(error))
-                failed.routes = recorder.routes()
+                failed.routes = routes(recorder)
                 refused = failed if failed.routes or not refused.routes else refused
     if not forms:
         raise refused
     return tuple({form.dims: form for form in reversed(forms)}.values())
+
+
+def _decides(recorder: Recorder) -> bool:
+    """Tell whether Python went by what was chosen; other code may choose by scores, too."""
+    return bool(recorder.decisions) and recorder.routes()
 
 
 def _record(
@@ -129,7 +146,7 @@ def _record(
     with context(None):
         module(*(one.clone() for one in inputs))  # some set attributes when first called
     state = plain_state(module)
-    with context(recorder), recorder:
+    with context(recorder), sized_len(), recorder:
         result = module(*inputs)
     if plain_state(module) != state:
         raise Unrecordable("a call changes attributes of the module")
@@ -148,26 +165,43 @@ def _reason(error: Exception) -> str:
 
 
 def plain_state(module: nn.Module) -> tuple[tuple[str, str, object], ...]:
-    """List the plain attributes of a module and what is in it: what a forward may go by.
+    """List the attributes of a module and what is in it: what a forward may go by.
 
-    Numbers, strings and tuples by value; any other object that is no tensor and no module by `id`.
+    Numbers, strings and tuples by value; containers by what they hold; any other object by `id`.
     """
-    found: list[tuple[str, str, object]] = []
-    for path, child in named_modules(module):
-        for name, value in attributes(child).items():
-            if not isinstance(value, torch.Tensor):
-                found.append((path, name, value if isinstance(value, _PLAIN) else id(value)))
-    return tuple(found)
+    return tuple(
+        (path, name, _seen(value))
+        for path, child in named_modules(module)
+        for name, value in attributes(child).items()
+    )
+
+
+def _seen(value: Any) -> object:
+    """Give what tells whether an attribute is as it was."""
+    if isinstance(value, tuple):
+        return tuple(map(_seen, cast(tuple[Any, ...], value)))
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        held = cast(dict[Any, Any], value).items()
+        return tuple((id(key), id(one)) for key, one in held)
+    if isinstance(value, (list, set)):
+        return tuple(map(id, cast(Collection[Any], value)))
+    return id(value)
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """Give the public attributes of a module that are its own or plain ones of its class."""
+    """Give the attributes of a module that are its own or plain ones of its class, not torch's."""
     found: dict[str, Any] = {}
     for kind in reversed(type(module).__mro__):
         if issubclass(kind, nn.Module) and kind.__module__.partition(".")[0] != "torch":
             found |= {name: one for name, one in vars(kind).items() if isinstance(one, _PLAIN)}
     found |= module.__dict__
-    return {name: value for name, value in found.items() if not name.startswith("_")}
+    return {name: one for name, one in found.items() if name[:2] != "__" and name not in _TORCHS}
+
+
+_TORCHS = {name for name in nn.Module().__dict__ if name != "training"}
+"""Where torch keeps parameters, modules and hooks."""
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from moecc.observe.left_out import check_decisions, check_left_out
 from moecc.observe.recorder import Recorder
 from moecc.observe.stand_ins import Experts, expert_result
 from moecc.observe.unrecordable import Unrecordable
+from moecc.passes.pattern import op_name
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -70,13 +71,14 @@ def explain(recorder: Recorder, results: Sequence[Node], experts: Experts) -> Ex
     if not answers:
         raise Unrecordable("its forward does not call the experts")
     behind = _downstream(answers)
-    before = [node for node in nodes if node not in behind and _tensor(node) is not None]
+    loose = _sized_by_values(nodes)
+    before = [n for n in nodes if n not in behind and n not in loose and _tensor(n) is not None]
     sums = [node for node in nodes if node in behind and node.target is not expert_result]
     check_decisions(recorder.decisions)
     refused: Unrecordable | None = None
     for found in _search(before, sums, experts):
         try:
-            check_left_out(nodes, found, results)
+            check_left_out(nodes, found, results, recorder.decisions)
         except Unrecordable as error:
             refused = refused or error  # a part of the sum, perhaps: go on
         else:
@@ -89,6 +91,28 @@ def explain(recorder: Recorder, results: Sequence[Node], experts: Experts) -> Ex
 def _tensor(node: Node) -> torch.Tensor | None:
     value = node.meta.get("example_value")
     return value if isinstance(value, torch.Tensor) and node.op != "get_attr" else None
+
+
+def _sized_by_values(nodes: Sequence[Node]) -> set[Node]:
+    """Collect what has as many elements as there are nonzero ones somewhere.
+
+    Such values may look like ids, [T] of them, until a weight is zero.
+    """
+    found = set[Node]()
+    for node in nodes:
+        name, index = op_name(node), node.args[1] if len(node.args) > 1 else None
+        values = index.meta.get("example_value") if isinstance(index, Node) else None
+        masks = isinstance(values, torch.Tensor) and values.dtype == torch.bool
+        chosen = name in ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive")
+        alone = name == "where" and len(node.args) == 1
+        if (
+            chosen
+            or alone
+            or (name == "getitem" and masks)
+            or not found.isdisjoint(node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
 
 
 def _downstream(start: list[Node]) -> set[Node]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
+from moecc.observe.counts import cuts_beyond
 from moecc.observe.recorder import after
 from moecc.observe.stand_ins import expert_result
 from moecc.observe.unrecordable import Unrecordable
@@ -36,6 +37,12 @@ _LINEAR = _MAKERS | {
     "masked_fill_",
 }  # fmt: skip
 """Operations that move values, add them or multiply them."""
+
+_ORDERED = {
+    "lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal", "__lt__", "__le__",
+    "__gt__", "__ge__", "clamp", "clamp_", "clamp_max", "clamp_max_", "clip", "clip_", "minimum",
+    "maximum",
+}  # fmt: skip
 
 
 def check_decisions(decisions: list[Node]) -> None:
@@ -75,8 +82,12 @@ def _depends_on_ids_only(node: Node, known: dict[Node, bool]) -> bool:
     return all(_by_choice(one, known) for one in node.all_input_nodes)
 
 
-def check_left_out(nodes: list[Node], found: "Explanation", results: Sequence[Node]) -> None:
+def check_left_out(
+    nodes: list[Node], found: "Explanation", results: Sequence[Node], decisions: Sequence[Node]
+) -> None:
     """Hold what the rewrite will not run to moving, adding and multiplying values.
+
+    `decisions` are the nodes that Python went by.
 
     Raises `Unrecordable`.
     """
@@ -86,6 +97,7 @@ def check_left_out(nodes: list[Node], found: "Explanation", results: Sequence[No
     if any(node.target is expert_result for node in kept):
         raise Unrecordable("an expert's result is used for something else than the weighted sum")
     dropped = _upstream([found.output], kept) - kept
+    _check_rules(dropped | (_upstream(decisions, kept) - kept))
     known: dict[Node, bool] = {}
     for node in nodes:
         if node not in dropped or (node.op != "call_function" and node.op != "call_method"):
@@ -94,6 +106,19 @@ def check_left_out(nodes: list[Node], found: "Explanation", results: Sequence[No
         if plain or op_name(node) in _LINEAR or node.target is after or _by_choice(node, known):
             continue
         raise Unrecordable(f"between the experts and their sum it calls {op_name(node)}")
+
+
+def _check_rules(nodes: set[Node]) -> None:
+    """Raise `Unrecordable` at a capacity: the observed inputs may be too few to come to it."""
+    for node in nodes:
+        if cuts_beyond(node):
+            raise Unrecordable(
+                "between the experts and their sum it cuts off what is beyond a number"
+            )
+        others = (*node.args[1:], *node.kwargs.values())
+        numbers = [one for one in others if isinstance(one, (int, float)) and one not in (0, 1)]
+        if op_name(node) in _ORDERED and numbers:
+            raise Unrecordable(f"between router and sum it compares something with {numbers[0]}")
 
 
 def _upstream(ends: Sequence[Node], stop: set[Node]) -> set[Node]:

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from moecc.observe.counts import Count, as_counts, counts_tokens, plain
 from moecc.observe.sizes import Size
 from moecc.observe.unrecordable import Unrecordable
 from moecc.passes.pattern import op_name
@@ -114,6 +115,8 @@ class Recorder(TorchFunctionMode):
             return self._nodes[id(value)]
         if isinstance(value, Size):
             return value.node
+        if isinstance(value, Count):
+            return plain(value)
         if isinstance(value, (tuple, list)):
             parts = [self.node_of(one) for one in cast(Sequence[Any], value)]
             return tuple(parts) if isinstance(value, tuple) else parts
@@ -127,12 +130,13 @@ class Recorder(TorchFunctionMode):
         return value
 
     def routes(self) -> bool:
-        """Tell whether something was chosen by score, or came in as ids, and Python went by it."""
+        """Tell whether something was chosen by score, or came in as ids."""
         chosen = ("topk", "argmax", "argsort", "sort")
-        for node in self.graph.nodes if self.decisions else ():
+        for node in self.graph.nodes:
             value = node.meta.get("example_value")
             ids = node.op == "placeholder" and value is not None and value.dtype == torch.int64
-            if ids or op_name(node) in chosen:
+            best = op_name(node) == "max" and value is None  # of values and indices
+            if ids or best or op_name(node) in chosen:
                 return True
         return False
 
@@ -141,7 +145,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Run a call and record it."""
         kwargs = kwargs or {}
-        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
+        plain_args, plain_kwargs = tree_map(plain, (args, kwargs))
         if self.paused:
             return func(*plain_args, **plain_kwargs)
         name = _name(func)
@@ -150,8 +154,10 @@ class Recorder(TorchFunctionMode):
                 parts = args[0].unbind(0)
             return iter(parts if name == "__iter__" else parts[::-1])
         known = self.node_of(args), self.node_of(kwargs)  # before an in-place call changes names
-        if name == "__len__" and not _size_is_given(known[0][0]):
+        if name == "__len__" and not _is_part(known[0][0]):
             raise Unrecordable("it takes the len() of a tensor, which fixes a size; use .shape[0]")
+        if name in ("__int__", "__index__") and counts_tokens(known[0][0]):
+            raise Unrecordable("it calls int() on a count of tokens, which hides where that goes")
         result = func(*plain_args, **plain_kwargs)
         if name in _PLAIN_METHODS or (_is_property(func) and name in PLAIN_PROPERTIES):
             return result
@@ -159,7 +165,8 @@ class Recorder(TorchFunctionMode):
             return self._sizes(result, func, known)
         if name in _DECIDING or (not _is_tensors(result) and name != "__setitem__"):
             self.decisions += [one for one in tree_leaves(known) if isinstance(one, Node)]
-            return result
+            read = name in ("item", "numpy", "tolist") and counts_tokens(known[0][0])
+            return as_counts(result) if read else result
         return self._record(func, name, args, kwargs, known, result)
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, known: Any, result: Any) -> Any:
@@ -179,7 +186,9 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _sizes(self, result: Any, func: Any, known: tuple[Any, Any]) -> Any:
-        """Tie the sizes of a tensor to nodes."""
+        """Tie the sizes of a tensor to nodes; those of parameters are what they are."""
+        if _is_part(known[0][0]):
+            return result
         node = self._call(func, *known)
         if isinstance(result, int):
             return Size.of(result, node)
@@ -216,8 +225,9 @@ class Recorder(TorchFunctionMode):
                 self.bind(other, self.graph.call_function(after, (self._nodes[id(other)], node)))
 
 
-def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, Size) else value
+def _is_part(node: Any) -> bool:
+    """Tell whether a value is a parameter or shows a part of one."""
+    return isinstance(node, Node) and "slice" in node.meta
 
 
 def _is_property(func: Any) -> bool:
@@ -234,20 +244,6 @@ def _is_tensors(result: Any) -> bool:
         parts = cast(Sequence[Any], result)
         return bool(parts) and any(isinstance(part, torch.Tensor) for part in parts)
     return isinstance(result, torch.Tensor)
-
-
-def _size_is_given(node: Node) -> bool:
-    """Tell whether a tensor is a parameter, or sized by values: how often an expert was chosen."""
-    if "slice" in node.meta:
-        return True
-    waiting, seen = [node], set[Node]()
-    while waiting:
-        one = waiting.pop()
-        if op_name(one) in _SIZED_BY_VALUES:
-            return True
-        seen.add(one)
-        waiting += [other for other in one.all_input_nodes if other not in seen]
-    return False
 
 
 def _deciding(name: str, args: tuple[Any, ...]) -> Sequence[torch.Tensor]:

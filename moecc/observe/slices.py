@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from moecc.codegen.activation import evaluate
 from moecc.codegen.reference import split_gate_up
 from moecc.observe.expert import Expert, read_expert
+from moecc.observe.other_weights import check_only_multiplied
+from moecc.observe.pieces import push_splits_through
 from moecc.observe.products import Matrix, Product, read_product
 from moecc.observe.recorder import Recorder, Slice
 from moecc.observe.stand_ins import Experts, expert_result
@@ -30,6 +32,7 @@ class Stacked:
 
 def find_stacked(recorder: Recorder, module: nn.Module) -> Stacked:
     """Put expert results into a recording; raises `Unrecordable` when there are none alike."""
+    push_splits_through(recorder.graph)
     results: list[tuple[Product, Node, int, Expert]] = []
     for node in list(recorder.graph.nodes):
         product = read_product(node)
@@ -45,6 +48,8 @@ def find_stacked(recorder: Recorder, module: nn.Module) -> Stacked:
     if len(kinds) != 1:
         raise Unrecordable(f"it calls {len(kinds)} kinds of experts in its parameters")
     (expert,) = kinds
+    paths = {one.path for one in (*expert.first, expert.second)}
+    check_only_multiplied(recorder, _products(recorder), paths)
     for product, rows, number, _ in results:
         with recorder.graph.inserting_after(product.node):
             result = recorder.graph.call_function(expert_result, (number, rows))
@@ -52,6 +57,10 @@ def find_stacked(recorder: Recorder, module: nn.Module) -> Stacked:
         product.node.replace_all_uses_with(result)
     size = module.get_parameter(expert.second.path).numel()
     return Stacked(expert=expert, count=size // (expert.hidden * expert.intermediate))
+
+
+def _products(recorder: Recorder) -> set[Node]:
+    return {node for node in recorder.graph.nodes if read_product(node) is not None}
 
 
 def _is_part(matrix: Matrix, module: nn.Module) -> bool:
