@@ -12,6 +12,7 @@ is 1 if a family fails or does not compute what eager computes; one that is not 
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,8 +107,13 @@ def _examined(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return {"family": family, "failure": f"not done after {arguments.timeout:.0f} s"}
     if process.returncode == 0:
         return json.loads(out.splitlines()[-1])
-    last = next(filter(None, reversed(err.strip().splitlines())), f"exit {process.returncode}")
-    return {"family": family, "failure": last}
+    return {"family": family, "failure": _last_error(err) or f"exit status {process.returncode}"}
+
+
+def _last_error(text: str) -> str:
+    """Find what a process died of, `PassError: ...`, in what it printed."""
+    named = (line for line in reversed(text.splitlines()) if re.match(r"[\w.]*Error(: |$)", line))
+    return next(named, "")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -155,6 +156,8 @@ def _memory(node: Any) -> Iterator[StorageWeakRef]:
     several = cast(Sequence[Any], value if isinstance(value, (tuple, list)) else (value,))
     for one in several:
         if isinstance(one, torch.Tensor):
+            while is_functorch_wrapped_tensor(one):  # under vmap: the memory is its inner tensor's
+                one = get_unwrapped(one)
             yield StorageWeakRef(one.untyped_storage())
 
 

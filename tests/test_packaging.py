@@ -25,9 +25,11 @@ print(len(names))
 
 def packages_on_disk() -> set[str]:
     found = {"moecc"}
-    for folder in FOLDERS:
-        for init in (ROOT / folder).rglob("__init__.py"):
-            found.add(".".join(("moecc", *init.parent.relative_to(ROOT).parts)))
+    own = [path for path in (ROOT / "moecc").iterdir() if not path.is_symlink()]
+    for folder in (*own, *(ROOT / name for name in FOLDERS)):
+        for init in folder.rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT).parts
+            found.add(".".join(parts if parts[0] == "moecc" else ("moecc", *parts)))
     return found
 
 

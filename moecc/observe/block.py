@@ -233,5 +233,12 @@ def _alike(got: Any, expected: Any) -> bool:
     if not expected.is_floating_point():
         return torch.equal(got, expected)
     wanted = expected.double()
+    tolerance = TOLERANCE[expected.dtype]
     error, size = (float((one * one).sum()) ** 0.5 for one in (got.double() - wanted, wanted))
-    return error <= TOLERANCE[expected.dtype] * size + 1e-30
+    if error > tolerance * size + 1e-30:
+        return False
+    if wanted.dim() < 2 or not wanted.numel():
+        return True
+    # An expert that few tokens chose is lost in the sum over all of them, in half precision.
+    errors, sizes = ((one * one).sum(-1).sqrt() for one in (got.double() - wanted, wanted))
+    return bool((errors <= 4 * tolerance * sizes + tolerance * sizes.mean() / 2 + 1e-30).all())

@@ -27,6 +27,7 @@ from moecc.passes.capacity.experts import Product, operands_of, product_of
 from moecc.passes.capacity.routes import Dispatch, routes_of
 from moecc.passes.capacity.terms import Reader
 from moecc.passes.found import Found, NearMiss
+from moecc.passes.ir import Route
 from moecc.passes.pattern import op_name
 from moecc.passes.products.contraction import PRODUCTS
 from moecc.passes.sizes import same
@@ -102,12 +103,7 @@ def _found(
 ) -> Found:
     first, up, second = products
     _check_dtypes(path, hidden, second.matrices)
-    try:
-        routes = routes_of(Reader(Dataflow(output.graph)), block, output)
-    except Unproven as stop:
-        why = f"a slot of its buffers may hold several tokens: at {stop.node.name}, {stop.why}"
-        sparse = _made_of(block.combine.node, _CHOICES)
-        raise NearMiss(output, why, second.matrices, fallback=sparse) from stop
+    routes = _routes(block, output, second.matrices)
     nodes = {node.name: node for node in output.graph.nodes}
     first_factor = routes[0].factors[0].node if routes[0].factors else routes[0].ids.node
     parts = set(path) - {output}
@@ -133,6 +129,15 @@ def _found(
         work=frozenset(work),
         aids=frozenset(parts - work) | _measures(parts),
     )
+
+
+def _routes(block: Dispatch, output: Node, matrices: Node) -> tuple[Route, ...]:
+    try:
+        return routes_of(Reader(Dataflow(output.graph)), block, output)
+    except Unproven as stop:
+        why = f"a slot of its buffers may hold several tokens: at {stop.node.name}, {stop.why}"
+        sparse = _made_of(block.combine.node, _CHOICES)
+        raise NearMiss(output, why, matrices, fallback=sparse) from stop
 
 
 def _measures(parts: set[Node]) -> frozenset[Node]:

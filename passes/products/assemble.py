@@ -25,6 +25,8 @@ from moecc.passes.products.gates import read_sparse
 from moecc.passes.router.values import Values
 from moecc.passes.sizes import known
 
+_DENSE = "its gates are not zero outside of a top-k that the graph shows, so every expert is used"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
@@ -59,13 +61,12 @@ def assemble(values: Values, experts: Experts, output: Node) -> Found:
     weighs: Literal["output", "input"] = "input" if second.weights is None else "output"
     if len({one.input_major for one in experts.first}) > 1:
         raise _miss(experts, gate.matrices, "gate and up store their matrices in different layouts")
-    choice = (
-        _indexed(values, experts, output)
-        if experts.ids
-        else _dense(values, experts, weights, output)
-    )
-    if not experts.ids and weighs == "input":
-        _check_silent(experts, first)
+    if experts.ids:
+        choice = _indexed(values, experts, output)
+    else:
+        choice = _dense(values, experts, weights, output)
+        if weighs == "input":
+            _check_silent(experts, first)
     _check_dtypes(experts, weights)
     work, aids = _parts(experts, output)
     return Found(
@@ -137,9 +138,6 @@ def _dense(values: Values, experts: Experts, gates: Factor, output: Node) -> _Ch
     return _Choice(ids=sparse.ids, active=sparse.active, rests_on=sparse.nodes)
 
 
-_DENSE = "its gates are not zero outside of a top-k that the graph shows, so every expert is used"
-
-
 def _check_silent(experts: Experts, first: _First) -> None:
     """Hold that an expert whose rows are zero gives zero, as with weights on the input it must."""
     if first.bias is not None or experts.second.bias is not None:
@@ -168,8 +166,7 @@ def _check_dtypes(experts: Experts, weights: Factor) -> None:
     """Hold that the block computes as the model does: in the matrices' dtype, nowhere in less."""
     matrices = experts.second.down
     for first in experts.first:
-        rounded = first.hidden.dtype.itemsize < matrices.dtype.itemsize
-        if rounded:
+        if first.hidden.dtype.itemsize < matrices.dtype.itemsize:
             raise _miss(experts, first.hidden, f"tokens are {first.hidden.dtype} until they enter")
     for node in experts.path():
         value = tensor_of(node)

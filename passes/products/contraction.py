@@ -108,8 +108,8 @@ class Reading:
         return tuple(factor.back(view.node, view.dims) for view in views or ())
 
     def _linear(self, factor: Factor) -> tuple[View, ...]:
-        rows, matrix, *rest = cast(tuple[Any, ...], factor.node.args)
-        if any(rest) or factor.node.kwargs.get("bias") is not None:
+        rows, matrix, *rest = cast(tuple[Any, ...], (*factor.node.args, None, None))
+        if any(rest) or tensor_of(matrix) is None or factor.node.kwargs.get("bias") is not None:
             return ()
         *outer, column = factor.view.dims
         size = shape_of(rows)[-1]
@@ -119,10 +119,12 @@ class Reading:
     def _grouped(self, factor: Factor) -> tuple[Factor, ...]:
         """Read a product of sorted rows with their experts' matrices."""
         node = factor.node
+        if len(node.args) < 2:
+            return ()
         rows, matrices, offsets = cast(tuple[Any, ...], (*node.args, node.kwargs.get("offs")))[:3]
         extra = {key for key, value in node.kwargs.items() if value is not None} - {"offs"}
         sorting, groups = self._axes.sorting(factor.view.dims[0]), groups_of(offsets)
-        if sorting is None or groups is None or extra:
+        if sorting is None or groups is None or extra or len(shape_of(matrices)) != 3:
             return ()
         flat = cast(Node, sorted_ids(sorting.order))
         experts, width, _ = shape_of(matrices)

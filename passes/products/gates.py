@@ -78,10 +78,17 @@ def read_sparse(values: Values, node: Any) -> Sparse | None:
     elif name in _COMPARISONS:
         found = _compared(values, node)
     elif name not in _CASTS and values.plain(node) is not node:
-        found = read_sparse(values, values.operand(node, 0))
+        found = _viewed(values, node)
     else:
         found = None
     return replace(found, nodes=(*found.nodes, node)) if found else None
+
+
+def _viewed(values: Values, node: Node) -> Sparse | None:
+    """Read a view that leaves rows of experts as they are."""
+    source = values.operand(node, 0)
+    whole = same_shape(shape_of(source)[-1:], shape_of(node)[-1:])
+    return read_sparse(values, source) if whole else None
 
 
 def _mapped(values: Values, node: Node, change: Callable[[float], float | None]) -> Sparse | None:

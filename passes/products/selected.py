@@ -155,10 +155,11 @@ def scattered(factor: Factor, axes: Axes) -> Factor | None:
     dim = axes.sort((*first, choices), shape_of(rows)[0], order, node)
     if dim is None:
         return None
-    onto = None if op_name(base) in _ZEROS else base
-    if mutates(node) and (onto is not None or not _only_read_after(base, node)):
+    new = op_name(base) in _ZEROS
+    if mutates(node) and not (new and _only_read_after(base, node)):
         return None
-    return factor.back(rows, (dim, *rest), (order, *aids), onto=onto)
+    aids = (order, *aids, base) if new else (order, *aids)
+    return factor.back(rows, (dim, *rest), aids, onto=None if new else base)
 
 
 def unpermuted(factor: Factor, axes: Axes) -> Factor | None:

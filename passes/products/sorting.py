@@ -12,9 +12,10 @@ it had never been sorted.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from moecc.passes.axes import over_own_axes, shape_of, through_layout
+from moecc.passes.axes import over_own_axes, shape_of, tensor_of, through_layout
 from moecc.passes.pattern import ANY, Match, Mutated, bind, call, either
 from moecc.passes.sizes import same, sympy
 
@@ -51,6 +52,10 @@ _SORTED = either(
     call("getitem", call("sort", bind("flat")), 0), call("getitem", bind("flat"), bind("order"))
 )
 _OFFSETS = _whole(call("cumsum", _whole(_COUNTS), dim=either(0, -1)))
+
+
+_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
+"""What ids and counts of tokens fit into."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +105,16 @@ def groups_of(offsets: Any) -> Groups | None:
     experts, last = match.bindings["bins"], match.bindings.get("last")
     if not isinstance(experts, int) or last not in (None, experts - 1, experts):
         return None
-    ids = unsorted(match.bindings["counted"])
+    counted = match.bindings["counted"]
+    if any(_dtype(node) not in _EXACT for node in (counted, *match.nodes)):
+        return None
+    ids = unsorted(counted)
     return Groups(ids=ids, experts=experts, nodes=tuple(match.nodes))
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = tensor_of(node)
+    return value.dtype if value is not None else None
 
 
 def unsorted(ids: Node) -> Node:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard, cast
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import Graph, Node
 
 from moecc.passes.pattern import mutates, op_name
@@ -173,10 +174,11 @@ def is_constant(value: Any) -> TypeGuard[int | float]:
 def _storage(node: Node) -> int:
     """Tell tensors in the same memory by the same number; views share it in example values too."""
     found = tensor(node)
-    try:
-        return -id(node) if found is None else found.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
-    except (NotImplementedError, RuntimeError):  # a tensor that has no memory of its own
+    while found is not None and is_functorch_wrapped_tensor(found):  # under vmap
+        found = get_unwrapped(found)
+    if found is None or found.layout is not torch.strided:
         return -id(node)
+    return found.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _whole(value: Any) -> Any:

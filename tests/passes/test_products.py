@@ -150,6 +150,7 @@ def test_gates_are_sparse_by_the_ids_that_made_them(function: Function) -> None:
         lambda p: torch.zeros_like(p).scatter(1, top(p), 1.0).cumsum(1),
         lambda p: torch.zeros_like(p).scatter(1, top(p), 1.0).roll(1, 1),
         lambda p: torch.zeros_like(p).scatter(1, top(p), 1.0).view(E, T).t(),
+        lambda p: torch.full_like(p, -torch.inf).scatter(1, top(p), 0)[..., None].softmax(-1),
         lambda p: 1 / torch.zeros_like(p).scatter(1, top(p), 1.0),
     ],
 )

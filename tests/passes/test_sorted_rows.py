@@ -329,6 +329,27 @@ class OntoInPlace(TorchTitan):
         return shared
 
 
+class OntoOnes(TorchTitan):
+    """Zeros when they were made, and something else when they are added to."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.out = torch.zeros_like(x)
+        self.out.add_(1)
+        return super().forward(x)
+
+    def back(
+        self, rows: torch.Tensor, order: torch.Tensor, tokens: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        return self.out.index_add(0, tokens, rows)
+
+
+class CountsTooSmall(TorchTitan):
+    """More tokens than the counts can hold."""
+
+    def counts(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(ids.flatten(), E).sum(0).to(torch.int8)
+
+
 class ReadTooEarly(TorchTitan):
     def back(
         self, rows: torch.Tensor, order: torch.Tensor, tokens: torch.Tensor, x: torch.Tensor
@@ -358,7 +379,7 @@ class SortedRowsUsedElsewhere(TorchTitan):
     [
         Descending, NotSorted, FewerBins, OtherIdsCounted, OffsetsReversed, RowsOfOtherTokens,
         WrongDivisor, ChoicesForTokens, TokensRepeatedAsAWhole, BackToOtherTokens, AddedTwice,
-        HalfOfTheFeatures, OntoInPlace, ReadTooEarly, PutBackInSortedOrder, SortedRowsUsedElsewhere,
+        HalfOfTheFeatures, OntoInPlace, OntoOnes, CountsTooSmall, ReadTooEarly, PutBackInSortedOrder, SortedRowsUsedElsewhere,
     ],
 )  # fmt: skip
 def test_a_look_alike_is_left_alone(model: type[Block]) -> None:
