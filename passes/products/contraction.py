@@ -23,6 +23,7 @@ from moecc.passes.axes import (
     leaves,
     over_own_axes,
     shape_of,
+    tensor_of,
 )
 from moecc.passes.pattern import mutates, op_name
 from moecc.passes.products.factor import Chain, Factor

@@ -379,7 +379,8 @@ class SortedRowsUsedElsewhere(TorchTitan):
     [
         Descending, NotSorted, FewerBins, OtherIdsCounted, OffsetsReversed, RowsOfOtherTokens,
         WrongDivisor, ChoicesForTokens, TokensRepeatedAsAWhole, BackToOtherTokens, AddedTwice,
-        HalfOfTheFeatures, OntoInPlace, OntoOnes, CountsTooSmall, ReadTooEarly, PutBackInSortedOrder, SortedRowsUsedElsewhere,
+        HalfOfTheFeatures, OntoInPlace, OntoOnes, CountsTooSmall, ReadTooEarly,
+        PutBackInSortedOrder, SortedRowsUsedElsewhere,
     ],
 )  # fmt: skip
 def test_a_look_alike_is_left_alone(model: type[Block]) -> None:
