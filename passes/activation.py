@@ -145,6 +145,8 @@ class _Reader:
             return self._read_clamp(node, name)
         if name == "pow" and args[1] == 2:
             return apply("square", self.read(args[0]))
+        if name == "tensor" and isinstance(args[0], float):
+            return constant(args[0])
         return self._leaf(node, "plain", _own_leaf(node))  # the product itself, or a stranger
 
     def _read_clamp(self, node: Node, name: str) -> Expr:

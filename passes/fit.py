@@ -135,19 +135,19 @@ class Memory:
                     return f"{node.name} changes {seen.name} in place in the middle of the block"
         every = {*found.work, *found.aids, *found.rests_on, found.output}
         ours = {node for node in every if node is found.output or node < found.output}
-        read = {
-            memory
-            for node in ours
-            for one in (node, *node.all_input_nodes)
-            for memory in _memory(one)
-        }
-        node, waiting = found.output, ours - {found.output}
-        while waiting:
-            node = node.prev
-            waiting.discard(node)
-            if node not in ours and mutates(node) and not read.isdisjoint(_written(node)):
+        node, read = min(ours), set[StorageWeakRef]()
+        while node is not found.output:
+            if node in ours:
+                read.update(_memory_of([node, *node.all_input_nodes]))
+            elif mutates(node) and not read.isdisjoint(_written(node)):
                 return f"{node.name} changes {node.args[0]} in place in the middle of the block"
+            node = node.next
         return ""
+
+
+def _memory_of(nodes: Sequence[Node]) -> Iterator[StorageWeakRef]:
+    """Give the memory that is read with these nodes; of several results, getitem reads one."""
+    return (memory for node in nodes if tensor_of(node) is not None for memory in _memory(node))
 
 
 def _memory(node: Any) -> Iterator[StorageWeakRef]:

@@ -12,7 +12,9 @@ from moecc import transformers_experts
 from moecc.tiny import tiny_model
 
 OPTIONS = {"inner": "eager"}
-SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+SETTINGS: dict[str, Any] = {
+    "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0
+}  # fmt: skip
 PROMPT = torch.arange(3, 12).unsqueeze(0)
 
 

@@ -34,7 +34,9 @@ from moecc.passes.sizes import same
 
 _SIZES = (int, torch.SymInt, torch.Size)
 _JOINS = {"stack", "cat", "concat"}
-_CHOICES = {"one_hot", "topk", "argmax", "scatter", "scatter_", "cumsum"}
+_COUNTS = {"cumsum"}
+_PICKS = {"one_hot", "topk", "argmax", "scatter", "scatter_"}
+_CHOICES = _PICKS | _COUNTS
 """What shows that tokens choose among experts: a soft mixture has none of these."""
 
 
@@ -51,7 +53,8 @@ def find_dispatched(output: Node) -> Found | None:
         found = second and _between(out, combine, second, bound)
         if found:
             return found
-        if op_name(_origin(terms)) in _JOINS and _made_of(combine.node, {"cumsum"}):
+        counted = _made_of(combine.node, _COUNTS) and _made_of(combine.node, _PICKS)
+        if op_name(_origin(terms)) in _JOINS and counted:
             raise NearMiss(output, "its experts are called one by one, each on its own buffer")
     return None
 

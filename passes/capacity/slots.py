@@ -61,8 +61,9 @@ def place(reader: Reader, term: Term, slots: frozenset[Axis], expert: Dim) -> Pl
         if fact[0] == "one_hot" and not whole.summed.isdisjoint(a for d in fact[1][2] for a in d):
             facts.setdefault(_one_of_several(fact, whole.summed))
     for index, bend in enumerate(rank.bends):
-        stays = all(_leaves_alone(later, bend) for later in rank.bends[index + 1 :])
-        if bend.unless is not None and stays and _beyond(bend, rank, start, stop):
+        if bend.unless is None or not _beyond(bend, rank, start, stop):
+            continue
+        if all(_leaves_alone(later, bend) for later in rank.bends[index + 1 :]):
             facts.setdefault(bend.unless)
     return Placed(slot=inside[0], term=whole, facts=facts, rank=rank, start=start, stop=stop)
 
