@@ -21,8 +21,8 @@ setup: $(BIN)/moecc ## Make .venv with everything (TORCH=torch==... picks the bu
 run: $(BIN)/moecc ## Generate text with the shipped model, beside transformers eager
 	$(BIN)/moecc run benchmarks/reference --dtype float32 --prompt "$(PROMPT)"
 
-test: $(BIN)/moecc ## Run the tests
-	$(BIN)/pytest
+test: $(BIN)/moecc ## Run the tests, on up to 4 cores
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4
 
 lint: $(BIN)/moecc ## Check format, style and types
 	$(BIN)/ruff format --check

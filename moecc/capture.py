@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moecc import module_experts, transformers_experts
+from moecc import module_experts, one_hots, transformers_experts
 from moecc.passes.ir import Miss
 from moecc.passes.options import Options
 
@@ -46,6 +46,7 @@ def install(backend: Callable[..., Any]) -> None:
 def adopt(model: torch.nn.Module, options: Options) -> None:
     """Let the experts of a model use our kernels, outside Dynamo too."""
     transformers_experts.adopt(model, options)
+    one_hots.adopt(model, traced_by_us)
     module_experts.adopt(model, options, traced_by_us, note)
 
 
@@ -53,6 +54,7 @@ def release(model: torch.nn.Module) -> None:
     """Give an adopted model its own experts back."""
     transformers_experts.release(model)
     module_experts.release(model)
+    one_hots.release(model)
 
 
 def note(where: str, why: str) -> None:
