@@ -10,6 +10,7 @@ import torch
 
 from moecc.codegen.activation import evaluate
 from moecc.codegen.spec import Kernel, KernelSpec
+from moecc.runtime.schemes.packing import unpack_experts
 
 
 class GateUpLayout(Protocol):
@@ -52,6 +53,8 @@ def experts_torch(
     Products run in the weights' dtype, the weighted sum over k in float32 or wider.
     """
     tokens, active = ids.shape
+    if spec.scheme is not None:
+        gate_up, down, up = _unpacked(spec, gate_up, down, up)
     wide = torch.promote_types(spec.dtype, torch.float32)
     terms = torch.zeros(tokens, active, hidden.shape[-1], dtype=wide, device=hidden.device)
     for expert in cast(list[int], ids.unique().tolist()):
@@ -73,6 +76,21 @@ def experts_torch(
             out = out + down_bias[expert]
         terms[token, slot] = out.to(wide) * weights[token, slot, None].to(wide)
     return terms.sum(dim=1).to(hidden.dtype)
+
+
+def _unpacked(
+    spec: KernelSpec, gate_up: torch.Tensor, down: torch.Tensor, up: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Give what packed weights stand for, in the model's dtype; all experts at once."""
+    assert spec.scheme is not None
+    first = (spec.experts, spec.intermediate, spec.hidden)
+    second = (spec.experts, spec.hidden, spec.intermediate)
+    gate, low = (
+        unpack_experts(packed, shape, spec.scheme).to(spec.dtype)
+        for packed, shape in ((gate_up, first), (down, second))
+    )
+    wide = None if up is None else unpack_experts(up, first, spec.scheme).to(spec.dtype)
+    return gate, low, wide
 
 
 def emit(spec: KernelSpec) -> Kernel:

@@ -10,6 +10,7 @@ import torch
 
 from moecc.codegen.activation import Expr
 from moecc.runtime.ops import ExpertsFn
+from moecc.runtime.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class KernelSpec:
     experts: int
     """E."""
     dtype: torch.dtype
-    """Of the expert weights; accumulation is float32 (float64 for float64)."""
+    """Of expert weights, biases and result; accumulation is float32 (float64 for float64)."""
     activation: Expr
     gated: bool
     """The first product has 2I outputs, half of them gates."""
@@ -37,6 +38,9 @@ class KernelSpec:
     """Both products have a bias."""
     split: bool = False
     """Gate and up are two tensors of I rows each instead of one of 2I."""
+    scheme: Scheme | None = None
+    """Weights are packed codes, uint8 [E, bytes] (`moecc.runtime.schemes.packing`), output-major;
+    gate and up are split."""
     device: str
     """A torch device type: cpu, cuda."""
 
@@ -52,7 +56,8 @@ class KernelSpec:
         flags = [name for name in names if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"E{self.experts} H{self.hidden} I{self.intermediate}"
-        return " ".join([str(self.activation), dtype, shape, *flags, self.device])
+        scheme = [str(self.scheme)] if self.scheme else []
+        return " ".join([str(self.activation), dtype, *scheme, shape, *flags, self.device])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ template <class Weight>
 struct Axpy {
   using Input = float;
   static constexpr int LENGTH = 16;  // inputs are padded with zeros to whole blocks of this
+  static constexpr int UNITS = LENGTH;   // inputs that a packed line takes
   static constexpr int PANEL = 256;  // outputs a task
   static constexpr int DEPTH = 32;   // weight rows a block
   static constexpr int TILE_TOKENS = REGISTERS == 32 ? 6 : 4;

@@ -62,6 +62,7 @@ struct Dot {
   using L = Line<Weight>;
   using Input = typename L::Input;
   static constexpr int LENGTH = L::LENGTH;     // inputs are padded with zeros to whole lines
+  static constexpr int UNITS = LENGTH;         // inputs that a packed line takes
   static constexpr int PANEL = 128 / sizeof(Weight);  // rows a task: 256 KiB of 2048 stay in L2
   // Widening needs registers too: with 16 of them, a larger tile would spill.
   static constexpr int TILE_TOKENS = REGISTERS == 32 || sizeof(Weight) == 4 ? 6 : 4;

@@ -7,7 +7,8 @@ What holds for results: they do not depend on the number of threads, nor on whic
 tokens share the batch (a token's row is bit-identical for every T). Sums are float32; the weighted
 sum adds experts in ascending order. Where the CPU has bf16 dot products and a bf16 block's second
 product is output-major, activated values are rounded to bf16 before it, as eager torch does;
-elsewhere they stay float32.
+elsewhere they stay float32. With low-bit weights the inputs of both products are rounded to 8 bits,
+one scale a block (`Scheme.block`), so that products are integer dot products.
 """
 
 import ctypes
@@ -21,8 +22,17 @@ from moecc.codegen.activation import OPERATIONS, Expr, render
 from moecc.codegen.native.build import load
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime.errors import InputError, UnsupportedSpec
+from moecc.runtime.schemes.packing import packed_bytes, panel_bytes
+from moecc.runtime.schemes.scheme import Scheme
 
 _WEIGHT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CODES = {
+    ("int8", False): ("Int8", "Floats"),
+    ("int4", False): ("Int4", "Halves"),
+    ("int4", True): ("Int4Zeros", "Halves"),
+    ("mxfp4", False): ("Mxfp4", "Powers"),
+}
+"""What codes and scales of a scheme are called in quantized.h."""
 _RENAMED = {
     "abs": "absolute",
     "exp": "exp_",
@@ -90,9 +100,9 @@ def emit(spec: KernelSpec) -> Kernel:
             spec.hidden,
             spec.intermediate,
             spec.experts,
-            *gate_up.stride()[:2],
-            *(gate_up if up is None else up).stride()[:2],
-            *down.stride()[:2],
+            *_strides(spec, gate_up, spec.hidden),
+            *_strides(spec, gate_up if up is None else up, spec.hidden),
+            *_strides(spec, down, spec.intermediate),
             out.dtype == torch.float32,
             torch.get_num_threads(),
         )
@@ -112,17 +122,37 @@ def write(spec: KernelSpec) -> str:
         raise UnsupportedSpec(f"native kernels read {names}, not {spec.dtype}")
     if spec.split and (spec.interleaved or not spec.gated):
         raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
-    flags = ("gated", "interleaved", "transposed", "down_transposed", "bias")
+    if spec.scheme and (spec.split != spec.gated or spec.transposed or spec.down_transposed):
+        raise UnsupportedSpec("low-bit weights are output-major, gate and up in two tensors")
+    flags = ("gated", "interleaved", "bias")
     facts = [
-        f"// {spec.activation} {spec.dtype}",
-        f"using Weight = {_WEIGHT[spec.dtype]};",
+        f"// {spec.activation} {spec.dtype} {spec.scheme or ''}".rstrip(),
+        *_types(spec),
         *(f"constexpr bool {f.upper()} = {str(getattr(spec, f)).lower()};" for f in flags),
         '[[maybe_unused]] constexpr double inf = __builtin_inf(), nan = __builtin_nan("");',
         _activate(spec.activation),
     ]
+    products = ("quantized.h",) if spec.scheme else ("dot.h", "axpy.h")
     return "\n".join(
-        [*map(_template, ("vec.h", "math.h", "dot.h", "axpy.h")), *facts, _template("experts.cpp")]
+        [*map(_template, ("vec.h", "math.h", *products)), *facts, _template("experts.cpp")]
     )
+
+
+def _types(spec: KernelSpec) -> list[str]:
+    """Name the types of a block's values, and the product that each matrix takes."""
+    model = _WEIGHT[spec.dtype]
+    if spec.scheme is None:
+        kinds = ["Axpy" if turned else "Dot" for turned in (spec.transposed, spec.down_transposed)]
+        stored, first, second = model, *(f"{kind}<{model}>" for kind in kinds)
+    else:
+        code, scale = _CODES[spec.scheme.name, spec.scheme.zeros]
+        block, halves = spec.scheme.block, 2 if spec.gated else 1
+        stored = "uint8_t"
+        # A task of the first product makes whole blocks of the second's inputs.
+        first = f"Quantized<{code}, {scale}, {block}, {halves * max(block, 64)}>"
+        second = f"Quantized<{code}, {scale}, {block}, 64>"
+    names = {"Model": model, "Stored": stored, "First": first, "Second": second}
+    return [f"using {name} = {kind};" for name, kind in names.items()]
 
 
 def _activate(expr: Expr) -> str:
@@ -177,6 +207,12 @@ def _check_weights(
 ) -> None:
     """Raise `InputError` unless the tensors of the layer are those that the spec says."""
     experts, hidden, inner = spec.experts, spec.hidden, spec.intermediate
+    if spec.scheme is not None:
+        _check_packed("gate_up", gate_up, spec.scheme, (experts, inner, hidden))
+        _check_packed("down", down, spec.scheme, (experts, hidden, inner))
+        if spec.split:
+            _check_packed("up", up, spec.scheme, (experts, inner, hidden))
+        return _check_biases(spec, gate_up_bias, down_bias)
     first, second = (inner if spec.split else spec.rows, hidden), (hidden, inner)
     if spec.transposed:
         first = first[::-1]
@@ -188,6 +224,13 @@ def _check_weights(
         _check_weight("up", up, spec, (experts, *first), strided=True)
     elif up is not None:
         raise InputError("up was given to a kernel whose spec has gate and up in one tensor")
+    return _check_biases(spec, gate_up_bias, down_bias)
+
+
+def _check_biases(
+    spec: KernelSpec, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None
+) -> None:
+    experts, hidden = spec.experts, spec.hidden
     if spec.bias:
         _check_weight("gate_up_bias", gate_up_bias, spec, (experts, spec.rows))
         _check_weight("down_bias", down_bias, spec, (experts, hidden))
@@ -211,6 +254,28 @@ def _check_weight(
         raise _misfit(name, tensor, expected)
     if strided and tensor.stride(-1) != 1 and shape[-1] != 1:
         raise _misfit(name, tensor, "its last dimension contiguous (stride 1); call .contiguous()")
+
+
+def _check_packed(
+    name: str, tensor: torch.Tensor | None, scheme: Scheme, shape: tuple[int, int, int]
+) -> None:
+    """Raise `InputError` unless a tensor is as long as matrices [E, N, K] packed in a scheme."""
+    expected = (
+        f"{[*shape]} packed as {scheme}: torch.uint8 {[shape[0], packed_bytes(*shape[1:], scheme)]}"
+    )
+    if tensor is None:
+        raise InputError(f"{name} is missing; expected {expected}")
+    fits = tensor.shape == (shape[0], packed_bytes(*shape[1:], scheme))
+    plain = tensor.dtype == torch.uint8 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    if not fits or not plain:
+        raise _misfit(name, tensor, expected)
+
+
+def _strides(spec: KernelSpec, weights: torch.Tensor, columns: int) -> tuple[int, ...]:
+    """Give the elements from one expert to the next, and from one row, or panel, to the next."""
+    if spec.scheme is None:
+        return weights.stride()[:2]
+    return weights.stride(0), panel_bytes(columns, spec.scheme)
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,19 +1,16 @@
 // One MoE layer: route, first product and activation, second product and weighted sum.
-// What is fixed when the source is emitted stands above: Weight, GATED, INTERLEAVED, TRANSPOSED,
-// DOWN_TRANSPOSED, BIAS and activate(). Shapes, strides and the number of threads are arguments.
+// What is fixed when the source is emitted stands above: Model (the type of hidden states, biases and
+// results), Stored (that of weights), First and Second (each product, with its own blocks, and its own
+// order and type of inputs), GATED, INTERLEAVED, BIAS and activate(). Shapes, strides and the number
+// of threads are arguments.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <atomic>
 #include <new>
-#include <type_traits>
 #include <utility>
 #include <vector>
-
-// Each product has its own blocks, and its own order and type of inputs.
-using First = std::conditional_t<TRANSPOSED, Axpy<Weight>, Dot<Weight>>;
-using Second = std::conditional_t<DOWN_TRANSPOSED, Axpy<Weight>, Dot<Weight>>;
 
 constexpr int CHUNK = 48;  // tokens of one expert that are computed together
 constexpr int OUTPUTS = GATED ? First::PANEL / 2 : First::PANEL;  // activated values a task makes
@@ -21,15 +18,15 @@ constexpr int OUTPUTS = GATED ? First::PANEL / 2 : First::PANEL;  // activated v
 static_assert(OUTPUTS % Second::LENGTH == 0 && OUTPUTS % LANES == 0);
 
 struct Layer {
-  const Weight* hidden;       // [T, H]
+  const Model* hidden;       // [T, H]
   const int64_t* ids;         // [T, K]
   const float* weights;       // [T, K]
-  const Weight* first;        // [E, rows, H], or [E, H, rows] if TRANSPOSED; gates if `up` is set
-  const Weight* up;           // [E, I, H], or [E, H, I]; null: the second half of first's rows
-  const Weight* second;       // [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
-  const Weight* first_bias;   // [E, rows]
-  const Weight* second_bias;  // [E, H]
-  void* out;                  // [T, H] of Weight, or of float
+  const Stored* first;        // [E, rows, H], or [E, H, rows] if TRANSPOSED; gates if `up` is set
+  const Stored* up;           // [E, I, H], or [E, H, I]; null: the second half of first's rows
+  const Stored* second;       // [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
+  const Model* first_bias;   // [E, rows]
+  const Model* second_bias;  // [E, H]
+  void* out;                  // [T, H] of Model, or of float
   int64_t T, K, H, I, E;
   // Strides, in elements. Those of up are first's where it is null.
   int64_t first_expert, first_row, up_expert, up_row, second_expert, second_row;
@@ -72,7 +69,7 @@ struct Routing {
 // the rows of a tile do not all fall into the same few sets of L1.
 template <class Product>
 static int64_t packed_row(int64_t length) {
-  return ((length + Product::LENGTH - 1) / Product::LENGTH | 1) * Product::LENGTH;
+  return ((length + Product::LENGTH - 1) / Product::LENGTH | 1) * Product::UNITS;
 }
 
 template <class T>
@@ -86,18 +83,18 @@ struct Scratch {
 };
 
 // Copy one row of hidden states into the first product's order, padded with zeros.
-static void pack_row(const Weight* row, int64_t length, First::Input* packed) {
+static void pack_row(const Model* row, int64_t length, First::Input* packed) {
   constexpr int line_length = First::LENGTH;
   for (int64_t k = 0; k < length; k += line_length) {
     alignas(64) float line[line_length] = {};
     for (int64_t i = k; i < length && i < k + line_length; ++i) line[i - k] = widen1(row[i]);
-    First::pack(line, packed + k);
+    First::pack(line, packed + k / line_length * First::UNITS);
   }
 }
 
 // Apply the bias and the activation to one token's first products, and pack the result in the
 // second product's order.
-static void finish(const float* products, const Weight* bias, int64_t gap, int count,
+static void finish(const float* products, const Model* bias, int64_t gap, int count,
                    Second::Input* packed) {
   alignas(64) float one[OUTPUTS] = {}, two[OUTPUTS] = {}, result[OUTPUTS] = {};
   constexpr int step = GATED && INTERLEAVED ? 2 : 1, other = INTERLEAVED ? 1 : OUTPUTS;
@@ -107,7 +104,8 @@ static void finish(const float* products, const Weight* bias, int64_t gap, int c
   }
   for (int i = 0; i < count; i += LANES) store(result + i, activate(load(one + i), load(two + i)));
   for (int i = count; i < OUTPUTS; ++i) result[i] = 0;
-  for (int i = 0; i < count; i += Second::LENGTH) Second::pack(result + i, packed + i);
+  for (int i = 0; i < count; i += Second::LENGTH)
+    Second::pack(result + i, packed + i / Second::LENGTH * Second::UNITS);
 }
 
 // One call: what its two phases share.
@@ -121,24 +119,24 @@ struct Run {
   const Scratch<float> own_sums{layer.out_float ? 0 : layer.T * layer.H};
   float* const sums = layer.out_float ? static_cast<float*>(layer.out) : own_sums.memory;
   const int64_t panels = (layer.I + OUTPUTS - 1) / OUTPUTS;  // of an expert's first product
-  const Weight* const ups =
+  const Stored* const ups =
       layer.up ? layer.up : First::at(layer.first, layer.first_row, layer.I).begin;
 
   int64_t first_tasks() const { return panels * experts; }
   int64_t second_tasks() const { return (layer.H + Second::PANEL - 1) / Second::PANEL; }
 
   // Where the weights of a task begin: what the task before it reads ahead.
-  Rows<Weight> first_weights(int64_t task) const {
+  Rows<Stored> first_weights(int64_t task) const {
     int64_t row = task % panels * OUTPUTS * (GATED && INTERLEAVED ? 2 : 1);
-    const Weight* expert = layer.first + routing.expert[task / panels] * layer.first_expert;
+    const Stored* expert = layer.first + routing.expert[task / panels] * layer.first_expert;
     return First::at(expert, layer.first_row, row);
   }
-  Rows<Weight> up_weights(int64_t task) const {
-    const Weight* expert = ups + routing.expert[task / panels] * layer.up_expert;
+  Rows<Stored> up_weights(int64_t task) const {
+    const Stored* expert = ups + routing.expert[task / panels] * layer.up_expert;
     return First::at(expert, layer.up_row, task % panels * OUTPUTS);
   }
-  Rows<Weight> second_weights(int64_t task, int64_t active) const {
-    const Weight* expert = layer.second + routing.expert[active] * layer.second_expert;
+  Rows<Stored> second_weights(int64_t task, int64_t active) const {
+    const Stored* expert = layer.second + routing.expert[active] * layer.second_expert;
     return Second::at(expert, layer.second_row, task * Second::PANEL);
   }
 
@@ -150,18 +148,18 @@ struct Run {
   void first(int64_t task, int64_t next_task, float* products) const {
     int64_t active = task / panels, from = task % panels * OUTPUTS;
     int count = int(std::min<int64_t>(OUTPUTS, layer.I - from));
-    Rows<Weight> gate = first_weights(task), up = up_weights(task);
-    Rows<Weight> next = first_weights(next_task);
+    Rows<Stored> gate = first_weights(task), up = up_weights(task);
+    Rows<Stored> next = first_weights(next_task);
     int64_t rows = GATED ? 2 * layer.I : layer.I, row = GATED && INTERLEAVED ? 2 * from : from;
-    const Weight* bias =
+    const Model* bias =
         BIAS ? layer.first_bias + routing.expert[active] * rows + row : nullptr;
     int64_t end = routing.begin[active + 1];
     for (int64_t p = routing.begin[active]; p < end; p += CHUNK) {
       int tokens = int(std::min<int64_t>(CHUNK, end - p));
       const First::Input* inputs[CHUNK];
       for (int t = 0; t < tokens; ++t) inputs[t] = x.memory + routing.token[p + t] * x_row;
-      Rows<Weight> ahead = p + CHUNK < end ? gate : next;
-      auto multiply = [&](Rows<Weight> weights, int n, Rows<Weight> after, float* to) {
+      Rows<Stored> ahead = p + CHUNK < end ? gate : next;
+      auto multiply = [&](Rows<Stored> weights, int n, Rows<Stored> after, float* to) {
         First::product(weights, n, after, inputs, tokens, layer.H, to, First::PANEL);
       };
       if (GATED && !INTERLEAVED) {
@@ -172,7 +170,7 @@ struct Run {
       }
       for (int t = 0; t < tokens; ++t)
         finish(products + t * First::PANEL, bias, INTERLEAVED ? 1 : layer.I, count,
-               h.memory + (p + t) * h_row + from);
+               h.memory + (p + t) * h_row + from / Second::LENGTH * Second::UNITS);
     }
   }
 
@@ -184,10 +182,10 @@ struct Run {
     for (int64_t t = 0; t < layer.T; ++t)
       memset(sums + t * layer.H + from, 0, count * sizeof(float));
     for (int64_t a = 0; a < experts; ++a) {
-      Rows<Weight> weights = second_weights(task, a);
-      Rows<Weight> next =
+      Rows<Stored> weights = second_weights(task, a);
+      Rows<Stored> next =
           a + 1 < experts ? second_weights(task, a + 1) : second_weights(next_task, 0);
-      const Weight* bias =
+      const Model* bias =
           BIAS ? layer.second_bias + routing.expert[a] * layer.H + from : nullptr;
       int64_t end = routing.begin[a + 1];
       for (int64_t p = routing.begin[a]; p < end; p += CHUNK) {
@@ -206,8 +204,8 @@ struct Run {
     }
     if (layer.out_float) return;  // `sums` is the output
     for (int64_t t = 0; t < layer.T; ++t) {
-      Weight* out = static_cast<Weight*>(layer.out) + t * layer.H + from;
-      for (int r = 0; r < count; ++r) out[r] = narrow<Weight>(sums[t * layer.H + from + r]);
+      Model* out = static_cast<Model*>(layer.out) + t * layer.H + from;
+      for (int r = 0; r < count; ++r) out[r] = narrow<Model>(sums[t * layer.H + from + r]);
     }
   }
 };

@@ -1,0 +1,286 @@
+// Products with low-bit weights: integer dot products with activations in 8 bits.
+//
+// Weights lie in panels of 16 rows (moecc/runtime/packing.py writes them). A line of 64 bytes holds
+// four columns of all 16 rows, or eight columns when codes have four bits, so a vector of sums
+// belongs to as many rows and nothing is added up across lanes. Activations are quantized once for
+// each BLOCK of a token's row. Integer sums are exact and blocks follow one another in ascending
+// order, so a token's result does not depend on which other tokens share the tile.
+#pragma once
+
+#include "vec.h"
+
+constexpr int PANEL_ROWS = 16;
+constexpr int VECTORS = PANEL_ROWS / LANES;  // of the rows of a panel
+
+// Sums of products of bytes. `Sums` may be narrower than 32 bits for the eight steps of 32 columns.
+#if defined(__AVX512VNNI__) && defined(MOECC_AVX512)
+#define MOECC_VNNI 1
+static INLINE vi dot(vi sums, vi codes, int32_t x) {
+  return vi(_mm512_dpbusd_epi32(__m512i(sums), __m512i(codes), _mm512_set1_epi32(x)));
+}
+#elif defined(__AVXVNNI__) && defined(MOECC_AVX2)
+#define MOECC_VNNI 1
+static INLINE vi dot(vi sums, vi codes, int32_t x) {
+  return vi(_mm256_dpbusd_avx_epi32(__m256i(sums), __m256i(codes), _mm256_set1_epi32(x)));
+}
+#elif defined(MOECC_AVX2)
+// Codes below 32: eight products of two fit into 16 bits.
+static INLINE vi dot16(vi sums, vi codes, int32_t x) {
+  __m256i pairs = _mm256_maddubs_epi16(__m256i(codes), _mm256_set1_epi32(x));
+  return vi(_mm256_add_epi16(__m256i(sums), pairs));
+}
+static INLINE vi fold16(vi sums) {
+  return vi(_mm256_madd_epi16(__m256i(sums), _mm256_set1_epi16(1)));
+}
+// Signed codes down to -127: the sign goes to the other side, whose products then fit.
+static INLINE vi dot_signed(vi sums, vi codes, int32_t x) {
+  __m256i size = _mm256_abs_epi8(__m256i(codes));
+  __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32(x), __m256i(codes));
+  __m256i pairs = _mm256_maddubs_epi16(size, turned);
+  return sums + vi(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+// One step for any CPU: four bytes of a lane at a time.
+template <bool SIGNED>
+static INLINE vi dot_plainly(vi sums, vi codes, int32_t x) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    vi high = codes << (24 - 8 * i);
+    vi code = SIGNED ? high >> 24 : vi(vu(high) >> 24);
+    sums += code * int32_t(int8_t(x >> 8 * i));
+  }
+  return sums;
+}
+
+// How codes become bytes to multiply by, and what they stand for: (byte - OFFSET) * scale.
+struct Int8 {
+  static constexpr int COLUMNS = 4;  // of a line
+  static constexpr bool ZEROS = false, PER_ROW = true;
+#if defined(MOECC_VNNI)
+  static constexpr int OFFSET = 128;
+  static INLINE vi bytes(vi line, int) { return line ^ int32_t(0x80808080); }
+  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot(sums, codes, x); }
+#else
+  static constexpr int OFFSET = 0;
+  static INLINE vi bytes(vi line, int) { return line; }
+#if defined(MOECC_AVX2)
+  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot_signed(sums, codes, x); }
+#else
+  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot_plainly<true>(sums, codes, x); }
+#endif
+#endif
+  static INLINE vi fold(vi sums) { return sums; }
+};
+
+struct FourBits {
+  static constexpr int COLUMNS = 8;
+  static constexpr bool PER_ROW = false;
+  static INLINE vi nibbles(vi line, int half) { return (half ? line >> 4 : line) & 0x0f0f0f0f; }
+#if defined(MOECC_VNNI)
+  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot(sums, codes, x); }
+  static INLINE vi fold(vi sums) { return sums; }
+#elif defined(MOECC_AVX2)
+  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot16(sums, codes, x); }
+  static INLINE vi fold(vi sums) { return fold16(sums); }
+#else
+  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot_plainly<false>(sums, codes, x); }
+  static INLINE vi fold(vi sums) { return sums; }
+#endif
+};
+
+struct Int4 : FourBits {
+  static constexpr bool ZEROS = false;
+  static constexpr int OFFSET = 8;
+  static INLINE vi bytes(vi line, int half) { return nibbles(line, half); }
+};
+
+struct Int4Zeros : FourBits {  // with the weight of code 0, for each group
+  static constexpr bool ZEROS = true;
+  static constexpr int OFFSET = 0;
+  static INLINE vi bytes(vi line, int half) { return nibbles(line, half); }
+};
+
+struct Mxfp4 : FourBits {  // e2m1: sign and one of eight magnitudes, doubled to be whole
+  static constexpr bool ZEROS = false;
+  static constexpr int OFFSET = 12;
+  static INLINE vi bytes(vi line, int half) {
+    vi codes = nibbles(line, half);
+#if defined(MOECC_AVX512)
+    const __m128i four = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    return vi(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(four), __m512i(codes)));
+#elif defined(MOECC_AVX2)
+    const __m128i four = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    return vi(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(four), __m256i(codes)));
+#else
+    static const uint8_t values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    uint8_t each[4 * LANES];
+    memcpy(each, &codes, sizeof each);
+    for (uint8_t& code : each) code = values[code];
+    return load_as<vi>(each);
+#endif
+  }
+};
+
+// How the scales of 16 rows are stored.
+struct Floats {
+  static constexpr int BYTES = 64;
+  static INLINE vf read(const uint8_t* at, int v) {
+    return load_as<vf>(at + v * LANES * sizeof(float));
+  }
+};
+struct Halves {
+  static constexpr int BYTES = 32;
+  static INLINE vf read(const uint8_t* at, int v) {
+    return widen(reinterpret_cast<const fp16*>(at) + v * LANES);
+  }
+};
+struct Powers {  // e8m0; halved, because magnitudes are doubled
+  static constexpr int BYTES = 16;
+  static INLINE vf read(const uint8_t* at, int v) {
+#if defined(MOECC_AVX512)
+    vi exponent = vi(_mm512_cvtepu8_epi32(load_as<__m128i>(at)));
+#elif defined(MOECC_AVX2)
+    vi exponent = vi(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(at + v * LANES))));
+#else
+    vi exponent;
+    for (int i = 0; i < LANES; ++i) exponent[i] = at[v * LANES + i];
+#endif
+    return bitcast<vf>(exponent << 23) * splat(0.5f);
+  }
+};
+
+// BLOCK columns share an activation's scale, and a weight's unless rows have one each.
+template <class Code, class Scale, int BLOCK, int ROWS>
+struct Quantized {
+  using Input = int8_t;
+  struct Header { float scale; int32_t sum; };  // before the BLOCK values of a line
+  static constexpr int LENGTH = BLOCK;
+  static constexpr int UNITS = BLOCK + int(sizeof(Header));
+  static constexpr int PANEL = ROWS;
+  static constexpr int TILE_TOKENS = REGISTERS == 32 ? 8 : 4;
+  static constexpr int LINES = BLOCK / Code::COLUMNS;  // of a block
+  static_assert(BLOCK % 32 == 0 && ROWS % PANEL_ROWS == 0);
+
+  static INLINE void pack(const float* line, Input* packed) {
+    float most = 0;
+    for (int i = 0; i < BLOCK; ++i) {
+      float size = __builtin_fabsf(line[i]);
+      most = size > most || size != size ? size : most;  // NaN stays
+    }
+    bool finite = most <= 3.4028235e38f;
+    float inverse = finite && most > 0 ? 127 / most : 0;
+    Header header = {finite ? most / 127 : __builtin_nanf(""), 0};
+    for (int i = 0; i < BLOCK; ++i) {
+      int value = finite ? int(__builtin_nearbyintf(line[i] * inverse)) : 0;
+      packed[sizeof header + i] = Input(value);
+      header.sum += value;
+    }
+    memcpy(packed, &header, sizeof header);
+  }
+
+  // `stride` is that of a panel of 16 rows, in bytes.
+  static Rows<uint8_t> at(const uint8_t* expert, ptrdiff_t stride, int64_t row) {
+    return {expert + row / PANEL_ROWS * stride, stride};
+  }
+
+  // out[t * width + r] = x[t] . weights[r] for `rows` rows. `next` are the rows that will be
+  // multiplied after these; the panel after each is fetched into L2 meanwhile.
+  static void product(Rows<uint8_t> weights, int rows, Rows<uint8_t> next, const Input* const* x,
+                      int tokens, int64_t length, float* out, int width) {
+    int64_t blocks = (length + BLOCK - 1) / BLOCK;
+    for (int row = 0; row < rows; row += PANEL_ROWS) {
+      const uint8_t* panel = weights.begin + row / PANEL_ROWS * weights.stride;
+      const uint8_t* after = row + PANEL_ROWS < rows ? panel + weights.stride : next.begin;
+      for (int t = 0; t < tokens;) {
+        int count = tokens - t < TILE_TOKENS ? tokens - t : TILE_TOKENS;
+        auto tile = count >= 8   ? &Quantized::tile<8>
+                    : count == 7 ? &Quantized::tile<7>
+                    : count == 6 ? &Quantized::tile<6>
+                    : count == 5 ? &Quantized::tile<5>
+                    : count == 4 ? &Quantized::tile<4>
+                    : count == 3 ? &Quantized::tile<3>
+                    : count == 2 ? &Quantized::tile<2>
+                                 : &Quantized::tile<1>;
+        tile(panel, after, blocks, x + t, out + t * width + row, width);
+        t += count;
+        after = panel;  // fetched: what follows reads what is there
+      }
+    }
+  }
+
+ private:
+  static Header header(const Input* line) { return load_as<Header>(line); }
+
+  static INLINE int32_t four(const Input* values) { return load_as<int32_t>(values); }
+
+  template <int TOKENS>
+  static void tile(const uint8_t* panel, const uint8_t* after, int64_t blocks, const Input* const* x, float* out,
+                   int width) {
+    constexpr int scales = Scale::BYTES * (Code::ZEROS ? 2 : 1);
+    const uint8_t* scale = panel;
+    const uint8_t* line = panel + scales * (Code::PER_ROW ? 1 : blocks);
+    line = panel + (line - panel + 63) / 64 * 64;
+    ptrdiff_t ahead = after - panel;
+    vf sums[TOKENS][VECTORS] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Input* inputs[TOKENS];
+      vi whole[TOKENS][VECTORS];
+#pragma GCC unroll 8
+      for (int t = 0; t < TOKENS; ++t) {
+        inputs[t] = x[t] + b * UNITS;
+        int32_t start = Code::OFFSET ? -Code::OFFSET * header(inputs[t]).sum : 0;
+        inputs[t] += sizeof(Header);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) whole[t][v] = start - vi{};
+      }
+      for (int part = 0; part < BLOCK; part += 32) {
+        vi narrow[TOKENS][VECTORS] = {};
+#pragma GCC unroll 8
+        for (int column = 0; column < 32; column += Code::COLUMNS, line += 64) {
+          __builtin_prefetch(line + ahead, 0, 2);
+          steps<TOKENS>(narrow, line, inputs, part + column);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v) whole[t][v] += Code::fold(narrow[t][v]);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        vf one = Scale::read(scale, v);
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+          Header head = header(inputs[t] - sizeof(Header));
+          vf value = __builtin_convertvector(whole[t][v], vf);
+          sums[t][v] = fma(value, one * splat(head.scale), sums[t][v]);
+          if (Code::ZEROS) {
+            vf zero = Scale::read(scale + Scale::BYTES, v);
+            sums[t][v] = fma(zero, splat(head.scale * float(head.sum)), sums[t][v]);
+          }
+        }
+      }
+      __builtin_prefetch(scale + ahead, 0, 2);
+      if (!Code::PER_ROW) scale += scales;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) store(out + t * width + v * LANES, sums[t][v]);
+  }
+
+  template <int TOKENS>
+  static INLINE void steps(vi (&sums)[TOKENS][VECTORS], const uint8_t* line,
+                           const Input* const* x, int column) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      vi codes = load_as<vi>(line + v * 4 * LANES);
+#pragma GCC unroll 2
+      for (int half = 0; half < Code::COLUMNS / 4; ++half) {
+        vi bytes = keep(Code::bytes(codes, half));
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t)
+          sums[t][v] = Code::step(sums[t][v], bytes, four(x[t] + column + 4 * half));
+      }
+    }
+  }
+};

@@ -1,0 +1,1 @@
+"""Low-bit formats of expert weights: what a code means, how codes lie in memory."""

@@ -1,0 +1,124 @@
+"""Pack quantized matrices for kernels: panels of 16 rows, four columns of all of them in a line.
+
+    panel    scales, to a whole line | lines
+    line     64 bytes: columns k..k+3 of row 0, of row 1, ... of row 15
+             with 4-bit codes columns k..k+7: the first four in the low halves of the bytes
+    scales   of 16 rows for each group in turn; with zeros, then their 16 zeros
+
+One vector of a kernel then belongs to as many rows, and sums need no addition across lanes. Rows
+are filled up to whole panels and columns to whole blocks; what is filled up is multiplied by zero.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from moecc.runtime.errors import InputError
+from moecc.runtime.schemes import int4, int8, mxfp4
+from moecc.runtime.schemes.scheme import Quantized, Scheme
+
+ROWS = 16
+LINE = 64
+
+
+def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Quantize a matrix [N, K]; columns are filled up to whole blocks.
+
+    Raises `InputError` when a weight is not finite.
+    """
+    if not weight.isfinite().all():
+        raise InputError(
+            f"weights of shape {[*weight.shape]} hold inf or NaN; {scheme} has neither"
+        )
+    weight = F.pad(weight, (0, -weight.shape[1] % scheme.block))
+    if scheme.name == "int8":
+        return int8.quantize(weight)
+    return int4.quantize(weight, scheme) if scheme.name == "int4" else mxfp4.quantize(weight)
+
+
+def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
+    """Give the float32 matrix [N, K] that codes stand for."""
+    if scheme.name == "int8":
+        return int8.dequantize(quantized)
+    if scheme.name == "int4":
+        return int4.dequantize(quantized, scheme)
+    return mxfp4.dequantize(quantized)
+
+
+def panel_bytes(columns: int, scheme: Scheme) -> int:
+    """Size of 16 rows of so many columns."""
+    return _scale_bytes(columns, scheme) + ROWS * _filled(columns, scheme.block) * scheme.bits // 8
+
+
+def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
+    """Size of a packed matrix."""
+    return -(-rows // ROWS) * panel_bytes(columns, scheme)
+
+
+def pack_experts(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Quantize and pack the matrices [E, N, K] of a product: uint8 [E, bytes]."""
+    experts, rows, columns = weight.shape
+    packed = torch.empty(experts, packed_bytes(rows, columns, scheme), dtype=torch.uint8)
+    for expert in range(experts):
+        packed[expert] = pack(quantize(weight[expert], scheme), scheme)
+    return packed
+
+
+def unpack_experts(packed: torch.Tensor, shape: tuple[int, ...], scheme: Scheme) -> torch.Tensor:
+    """Give the float32 matrices of `shape` [E, N, K] that packed ones stand for."""
+    _, rows, columns = shape
+    unpacked = (unpack(one, rows, columns, scheme) for one in packed)
+    return torch.stack([dequantize(one, scheme)[:, :columns] for one in unpacked])
+
+
+def pack(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
+    """Lay one matrix out: uint8 [bytes]."""
+    codes = _in_panels(quantized.codes.view(torch.uint8))  # [panels, 16, K]
+    if scheme.bits == 8:
+        lines = codes.unflatten(2, (-1, 4)).transpose(1, 2)
+    else:
+        low, high = codes.unflatten(2, (-1, 2, 4)).unbind(3)
+        lines = (low | high << 4).transpose(1, 2)
+    scales = _scales_in_panels(quantized.scales, quantized.zeros)
+    fill = _scale_bytes(quantized.codes.shape[1], scheme) - scales.shape[1]
+    return torch.cat([F.pad(scales, (0, fill)), lines.flatten(1)], dim=1).flatten()
+
+
+def unpack(packed: torch.Tensor, rows: int, columns: int, scheme: Scheme) -> Quantized:
+    """Undo `pack` for a matrix of so many rows and columns; filled-up columns stay."""
+    panels = packed.view(-1, panel_bytes(columns, scheme))
+    scale_bytes, filled = _scale_bytes(columns, scheme), _filled(columns, scheme.block)
+    lines = panels[:, scale_bytes:].reshape(len(panels), -1, ROWS, 4).transpose(1, 2)
+    if scheme.bits == 4:
+        lines = torch.stack([lines & 15, lines >> 4], dim=3)
+    codes = lines.reshape(-1, filled)[:rows]
+    groups = filled // scheme.block if scheme.group else 1
+    kinds = 2 if scheme.zeros else 1
+    used = groups * kinds * ROWS * scheme.scale.itemsize
+    stored = panels[:, :used].contiguous().view(scheme.scale).view(-1, groups, kinds, ROWS)
+    scales = [kind.transpose(1, 2).reshape(-1, groups)[:rows] for kind in stored.unbind(2)]
+    return Quantized(
+        codes=codes.view(torch.int8) if scheme.bits == 8 else codes,
+        scales=scales[0],
+        zeros=scales[1] if scheme.zeros else None,
+    )
+
+
+def _filled(columns: int, block: int) -> int:
+    return -(-columns // block) * block
+
+
+def _scale_bytes(columns: int, scheme: Scheme) -> int:
+    groups = _filled(columns, scheme.block) // scheme.block if scheme.group else 1
+    size = ROWS * scheme.scale.itemsize * groups * (2 if scheme.zeros else 1)
+    return _filled(size, LINE)
+
+
+def _in_panels(matrix: torch.Tensor) -> torch.Tensor:
+    """See [N, C] as [panels, 16, C], filled up with zeros."""
+    return F.pad(matrix, (0, 0, 0, -len(matrix) % ROWS)).unflatten(0, (-1, ROWS))
+
+
+def _scales_in_panels(scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    kinds = [scales] if zeros is None else [scales, zeros]
+    panels = torch.stack([_in_panels(kind).transpose(1, 2) for kind in kinds], dim=2)
+    return panels.contiguous().view(torch.uint8).flatten(1)

@@ -1,0 +1,123 @@
+"""Low-bit weights: what codes stand for, and how they lie in memory."""
+
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecc.runtime.errors import InputError
+from moecc.runtime.schemes import mxfp4
+from moecc.runtime.schemes.packing import (
+    dequantize,
+    pack,
+    pack_experts,
+    packed_bytes,
+    quantize,
+    unpack,
+    unpack_experts,
+)
+from moecc.runtime.schemes.scheme import INT8, MXFP4, SCHEMES, Scheme, int4
+
+schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
+
+
+def steps(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Give half the distance of neighbouring codes for every weight: what rounding may cost."""
+    groups = weight.unflatten(1, (-1, scheme.group)) if scheme.group else weight.unsqueeze(1)
+    size = groups.abs().amax(-1, keepdim=True)
+    if scheme.name == "int8":
+        half = size / 127 / 2
+    elif scheme.name == "mxfp4":
+        unit = torch.exp2(size.log2().floor() - 2)  # of a group: the last code is 6
+        parts = (groups / unit).abs()
+        gap = torch.where(parts > 4, 1, torch.where(parts > 2, 0.5, 0.25))
+        half = unit * torch.where(parts > 6, parts - 6, gap)
+    elif scheme.zeros:
+        half = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15 / 2
+    else:
+        half = size / 8  # one step: codes end at 7/8 on the side without the largest weight
+    return (half.expand_as(groups)).reshape(weight.shape)
+
+
+@schemes
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e3])
+def test_a_weight_is_off_by_at_most_half_a_step(scheme: Scheme, size: float) -> None:
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(3)) * size
+    error = (dequantize(quantize(weight, scheme), scheme) - weight).abs()
+    half = weight.abs() * 2.0**-10  # of scales that are rounded to float16
+    assert bool((error <= steps(weight, scheme) * 1.01 + half).all())
+
+
+@schemes
+@given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 99))
+def test_unpacking_undoes_packing(scheme: Scheme, rows: int, columns: int, seed: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    quantized = quantize(weight, scheme)
+    packed = pack(quantized, scheme)
+    assert packed.shape == (packed_bytes(rows, columns, scheme),)
+    again = unpack(packed, rows, columns, scheme)
+    assert torch.equal(again.codes, quantized.codes)
+    assert torch.equal(again.scales, quantized.scales)
+    if scheme.zeros:
+        assert torch.equal(*(cast(torch.Tensor, one.zeros) for one in (again, quantized)))
+
+
+@schemes
+def test_experts_are_packed_one_by_one(scheme: Scheme) -> None:
+    weight = torch.randn(3, 20, 96, dtype=torch.bfloat16)
+    packed = pack_experts(weight, scheme)
+    unpacked = unpack_experts(packed, (3, 20, 96), scheme)
+    for expert in range(3):
+        alone = dequantize(quantize(weight[expert], scheme), scheme)
+        assert torch.equal(unpacked[expert], alone[:, :96])
+
+
+@schemes
+def test_storage_is_what_the_scheme_says(scheme: Scheme) -> None:
+    bits = packed_bytes(1024, 2048, scheme) * 8 / (1024 * 2048)
+    assert bits == pytest.approx(scheme.bits_per_weight, abs=0.02)
+
+
+@schemes
+def test_zeros_stay_zeros(scheme: Scheme) -> None:
+    weight = torch.zeros(16, 256)
+    weight[3] = torch.randn(256)
+    got = dequantize(quantize(weight, scheme), scheme)
+    assert not got[:3].any()
+    assert not got[4:].any()
+
+
+@schemes
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(scheme: Scheme, bad: float) -> None:
+    weight = torch.randn(16, 64)
+    weight[5, 7] = bad
+    with pytest.raises(InputError, match="hold inf or NaN"):
+        quantize(weight, scheme)
+
+
+def test_mxfp4_rounds_to_nearest_and_ties_to_even() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, :9] = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.1])
+    got = dequantize(quantize(weight, MXFP4), MXFP4)[0, :9]
+    assert got.tolist() == [6, 0, 1, 1, 2, 2, 4, 4, -6]
+
+
+@given(exponent=st.integers(-126, 120), seed=st.integers(0, 99))
+def test_mxfp4_keeps_what_it_can_express(exponent: int, seed: int) -> None:
+    codes = torch.randint(0, 16, (4, 64), generator=torch.Generator().manual_seed(seed))
+    codes[:, ::32] = 7  # 6, so that each group has this exponent
+    weight = mxfp4.VALUES[codes] * 2.0**exponent
+    assert torch.equal(dequantize(quantize(weight, MXFP4), MXFP4), weight)
+
+
+def test_groups_that_kernels_lack_are_named() -> None:
+    with pytest.raises(InputError, match="32, 64 or 128 weights, not 48"):
+        int4(48)
+
+
+def test_names() -> None:
+    assert str(int4(64, zeros=True)) == "int4-g64-zeros"
+    assert (str(INT8), str(MXFP4)) == ("int8", "mxfp4")
