@@ -3,25 +3,36 @@
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from moecc.codegen import reference
+from moecc.codegen import low_bit, reference
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime.errors import BuildError, UnsupportedSpec
+from moecc.runtime.schemes.scheme import Scheme
 
 PREFERRED: Mapping[str, str] = {"cuda": "triton", "cpu": "native"}
 """The emitter that `kernels="auto"` means, by device type."""
 
 
 @cache
-def choose(spec: KernelSpec, emitter: str = "auto") -> tuple[Kernel, tuple[str, ...]]:
-    """Emit a spec's kernel, with the torch definition as the last resort.
+def choose(
+    spec: KernelSpec, emitter: str = "auto", scheme: Scheme | None = None
+) -> tuple[Kernel, tuple[str, ...]]:
+    """Emit a spec's kernel, on low-bit copies of the weights if there is a scheme.
 
-    Returns the kernel and the reasons of the emitters that declined, which belong in the report.
+    Returns the kernel and the reasons of the emitters that declined, which belong in the report:
+    weights then keep their dtype, and the torch definition is the last resort.
     """
     wanted = PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
+    declined: list[str] = []
+    if scheme is not None:
+        try:
+            return low_bit.emit(spec, scheme, wanted), ()
+        except (UnsupportedSpec, BuildError) as error:
+            declined.append(f"weights are not quantized to {scheme}: {error}")
     try:
-        return _emitter(wanted)(spec), ()
+        return _emitter(wanted)(spec), tuple(declined)
     except (UnsupportedSpec, BuildError) as error:
-        return reference.emit(spec), (f"{wanted} kernels declined, torch runs instead: {error}",)
+        declined.append(f"{wanted} kernels declined, torch runs instead: {error}")
+        return reference.emit(spec), tuple(declined)
 
 
 def _emitter(name: str) -> Callable[[KernelSpec], Kernel]:

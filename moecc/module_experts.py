@@ -67,7 +67,7 @@ def adopt(
         if done.intersection([*experts, *_children(module), module]):
             continue  # the module inside this one that holds the experts was raised
         try:
-            _raise(module, experts, options, recipes)
+            _raise(path, module, experts, options, recipes)
         except (Unrecordable, InputError) as error:
             if isinstance(error, InputError) or error.routes:
                 note(path or type(module).__name__, f"its experts stay a loop: {error}")
@@ -129,16 +129,18 @@ def _stacked(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _raise(
+    path: str,
     module: nn.Module,
     experts: Sequence[nn.Module],
     options: Options,
     recipes: dict[Any, Recipe | Unrecordable],
 ) -> None:
     """Observe a block, or use what was learned from one like it; bank its experts and mark it."""
-    key = (type(module), _kind(module), bool(experts))
+    scheme = options.scheme(path)
+    key = (type(module), _kind(module), bool(experts), scheme)
     if key not in recipes:
         try:
-            recipes[key] = learn(module, experts, options.kernels)
+            recipes[key] = learn(module, experts, options.kernels, scheme)
         except Unrecordable as error:
             recipes[key] = error
     recipe = recipes[key]
@@ -148,7 +150,7 @@ def _raise(
         raise InputError(why)
     banks = bank_experts(module, experts, recipe.expert) if experts else {}
     setattr(module, MARK, Raised(type(module), recipe, banks))
-    adopted[module] = Road(options, recipe.kernel, declined=recipe.declined)
+    adopted[module] = Road(options, scheme, recipe.kernel, declined=recipe.declined)
 
 
 def _obstacle(module: nn.Module, experts: Sequence[nn.Module]) -> str:

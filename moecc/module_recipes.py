@@ -26,6 +26,7 @@ from moecc.observe.unrecordable import Unrecordable
 from moecc.runtime import ops
 from moecc.runtime.bank import Bank, refresh
 from moecc.runtime.modules import named_modules
+from moecc.runtime.schemes.scheme import Scheme
 
 MARK = "_moecc"
 """The attribute of an adopted block."""
@@ -45,7 +46,9 @@ class Recipe:
     """Why the kernel is not the one that was wanted."""
 
 
-def learn(module: nn.Module, experts: Sequence[nn.Module], kernels: str) -> Recipe:
+def learn(
+    module: nn.Module, experts: Sequence[nn.Module], kernels: str, scheme: Scheme | None
+) -> Recipe:
     """Observe a block whose experts are modules, or with none given parts of its parameters.
 
     Raises `Unrecordable` with the reason when its loop cannot be replaced.
@@ -65,7 +68,7 @@ def learn(module: nn.Module, experts: Sequence[nn.Module], kernels: str) -> Reci
         forms, stacked = observe_stacked(module)
         expert, count = stacked.expert, stacked.count
         weights = _in_place(expert, count)
-    kernel, declined = choose(_spec(module, expert, count, weights), kernels)
+    kernel, declined = choose(_spec(module, expert, count, weights), kernels, scheme)
     call = _experts_call(kernel)
     inner = {one for each in experts for one in each.modules()}
     return Recipe(

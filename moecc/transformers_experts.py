@@ -25,6 +25,8 @@ from moecc.passes.options import Options
 from moecc.passes.pattern import FLOATS
 from moecc.runtime import ops
 from moecc.runtime.errors import StrictError
+from moecc.runtime.modules import named_modules
+from moecc.runtime.schemes.scheme import Scheme
 
 _MARK = "_moecc"
 _ROLES = {
@@ -43,6 +45,8 @@ class Road:
     """How one adopted experts module runs outside Dynamo."""
 
     options: Options
+    scheme: Scheme | None = None
+    """What its weights are quantized to."""
     kernel: Kernel | None = None
     made_for: tuple[Any, ...] = ()
     declined: str = ""
@@ -59,12 +63,12 @@ adopted: "weakref.WeakKeyDictionary[nn.Module, Road]" = weakref.WeakKeyDictionar
 
 def adopt(model: nn.Module, options: Options) -> None:
     """Let the experts of a model use our kernels outside Dynamo."""
-    for module in model.modules():
+    for path, module in named_modules(model):
         known = adopted.get(module)
         if known is not None and known.options == options:
             continue  # compiled again: keep counting
         if all(hasattr(module, name) for name in _ATTRIBUTES):
-            adopted[module] = Road(options)
+            adopted[module] = Road(options, options.scheme(path))
 
 
 def release(model: nn.Module) -> None:
@@ -253,11 +257,11 @@ def _kernel(module: Any, road: Road) -> Kernel | None:
     kind = (weights, id(getattr(module, "act_fn", None)), module.is_transposed)
     if road.made_for != kind:
         road.made_for = kind
-        road.kernel, road.declined = _choose(module, road.options)
+        road.kernel, road.declined = _choose(module, road)
     return road.kernel
 
 
-def _choose(module: Any, options: Options) -> tuple[Kernel | None, str]:
+def _choose(module: Any, road: Road) -> tuple[Kernel | None, str]:
     rows = (module.gate_up_proj if module.has_gate else module.up_proj).shape
     first = rows[2] if module.is_transposed else rows[1]
     try:
@@ -279,7 +283,7 @@ def _choose(module: Any, options: Options) -> tuple[Kernel | None, str]:
         bias=bool(module.has_bias),
         device=module.down_proj.device.type,
     )
-    kernel, declined = choose(spec, options.kernels)
+    kernel, declined = choose(spec, road.options.kernels, road.scheme)
     return kernel, "; ".join(declined)
 
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from moecc.codegen.activation import Expr
 from moecc.passes.router.description import Router
 from moecc.passes.shared import SharedExpert
+from moecc.runtime.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,8 @@ class MoeBlock:
     down_transposed: bool
     """The second product's weights are."""
 
+    scheme: Scheme | None = None
+    """What the experts are quantized to; None keeps the model's dtype (`quantize_experts`)."""
     router: Router | None = None
     """How `ids` and `weights` are made, as a description (`describe_blocks`)."""
     shared: SharedExpert | None = None

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase as fnmatch
 from typing import Any, Literal, cast
 
 from moecc.runtime.errors import OptionError
+from moecc.runtime.schemes.scheme import SCHEMES, Scheme
 
-SCHEMES = ("int8", "int4", "mxfp4", "fp8")
 POLICIES = ("auto", "lru", "lfu", "lookahead")
 EMITTERS = ("auto", "triton", "native", "torch")
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -26,6 +27,12 @@ class Options:
     kernels: str = "auto"
     inner: str = "inductor"
     strict: bool = False
+
+    def scheme(self, path: str) -> Scheme | None:
+        """Give the scheme of the block at a path: of a mapping, that of the first pattern."""
+        if self.quantize is None or isinstance(self.quantize, str):
+            return SCHEMES[self.quantize] if self.quantize else None
+        return next((SCHEMES[n] for glob, n in self.quantize.items() if fnmatch(path, glob)), None)
 
     @staticmethod
     def parse(given: Mapping[str, Any] | None) -> "Options":
@@ -67,7 +74,7 @@ def _bad(key: str, value: Any, allowed: str) -> OptionError:
 
 
 def _quantize(value: Any) -> Any:
-    allowed = f"None, one of {list(SCHEMES)}, or a mapping from a name pattern to one of them"
+    allowed = f"None, one of {list(SCHEMES)}, or a mapping from patterns of block paths to them"
     if value is None or (isinstance(value, str) and value in SCHEMES):
         return value
     if isinstance(value, Mapping):

@@ -14,7 +14,7 @@ _SMALLEST = 2.0**-24
 
 def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     """Round a matrix [N, K], K in whole groups, to nearest."""
-    groups = weight.float().unflatten(1, (-1, scheme.block))
+    groups = weight.float().reshape(len(weight), -1, scheme.block)
     if scheme.zeros:
         low, high = groups.aminmax(dim=-1, keepdim=True)
         scales, zeros = ((high - low) / 15).to(scheme.scale), low.to(scheme.scale)
@@ -34,7 +34,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Give the float32 matrix [N, K] that codes stand for."""
-    codes = quantized.codes.float().unflatten(1, (-1, scheme.block))
+    codes = quantized.codes.float().reshape(len(quantized.codes), -1, scheme.block)
     scales = quantized.scales.float().unsqueeze(-1)
     if quantized.zeros is None:
         return ((codes - 8) * scales).flatten(1)

@@ -14,7 +14,7 @@ _TIES_UP = torch.tensor([False, True, False, True, False, True, False])
 
 def quantize(weight: torch.Tensor) -> Quantized:
     """Round a matrix [N, K], K in whole groups: to nearest, ties to even codes, beyond 6 to 6."""
-    groups = weight.float().unflatten(1, (-1, MXFP4.block))
+    groups = weight.float().reshape(len(weight), -1, MXFP4.block)
     _, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True))  # amax = m * 2^e, m in [0.5, 1)
     power = (exponent - 1 - 2).clamp(-126, 127)  # the largest code is 1.5 * 2^2
     scaled = groups / torch.exp2(power.float())
@@ -27,5 +27,5 @@ def quantize(weight: torch.Tensor) -> Quantized:
 
 def dequantize(quantized: Quantized) -> torch.Tensor:
     """Give the float32 matrix [N, K] that codes stand for."""
-    values = VALUES[quantized.codes.long()].unflatten(1, (-1, MXFP4.block))
+    values = VALUES[quantized.codes.long()].reshape(len(quantized.codes), -1, MXFP4.block)
     return (values * torch.exp2(quantized.scales.float() - 127).unsqueeze(-1)).flatten(1)

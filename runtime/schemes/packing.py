@@ -73,10 +73,11 @@ def unpack_experts(packed: torch.Tensor, shape: tuple[int, ...], scheme: Scheme)
 def pack(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Lay one matrix out: uint8 [bytes]."""
     codes = _in_panels(quantized.codes.view(torch.uint8))  # [panels, 16, K]
+    panels = len(codes)
     if scheme.bits == 8:
-        lines = codes.unflatten(2, (-1, 4)).transpose(1, 2)
+        lines = codes.reshape(panels, ROWS, -1, 4).transpose(1, 2)
     else:
-        low, high = codes.unflatten(2, (-1, 2, 4)).unbind(3)
+        low, high = codes.reshape(panels, ROWS, -1, 2, 4).unbind(3)
         lines = (low | high << 4).transpose(1, 2)
     scales = _scales_in_panels(quantized.scales, quantized.zeros)
     fill = _scale_bytes(quantized.codes.shape[1], scheme) - scales.shape[1]
@@ -115,7 +116,8 @@ def _scale_bytes(columns: int, scheme: Scheme) -> int:
 
 def _in_panels(matrix: torch.Tensor) -> torch.Tensor:
     """See [N, C] as [panels, 16, C], filled up with zeros."""
-    return F.pad(matrix, (0, 0, 0, -len(matrix) % ROWS)).unflatten(0, (-1, ROWS))
+    filled = F.pad(matrix, (0, 0, 0, -len(matrix) % ROWS))
+    return filled.reshape(-1, ROWS, matrix.shape[1])
 
 
 def _scales_in_panels(scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:

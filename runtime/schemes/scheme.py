@@ -64,7 +64,10 @@ def int4(group: int = 32, *, zeros: bool = False) -> Scheme:
 INT8 = Scheme(name="int8", bits=8, scale=torch.float32)
 MXFP4 = Scheme(name="mxfp4", bits=4, scale=torch.uint8, group=32)
 SCHEMES = {
-    str(scheme): scheme
-    for scheme in (INT8, MXFP4, *(int4(g, zeros=z) for g in (32, 64, 128) for z in (False, True)))
+    "int4": int4(),
+    **{
+        str(one): one
+        for one in (INT8, MXFP4, *(int4(g, zeros=z) for g in (32, 64, 128) for z in (False, True)))
+    },
 }
-"""Every scheme by its name."""
+"""Every scheme by its name; `int4` alone has groups of 32."""

@@ -1,0 +1,89 @@
+"""Run a block whose weights the model holds in full on low-bit copies of them.
+
+Copies are packed on the first call, expert by expert, and stay beside the model's own weights. The
+kernel takes the tensors of the block as they are, in any layout that a spec can say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from moecc.codegen import reference
+from moecc.codegen.spec import Kernel, KernelSpec
+from moecc.runtime.errors import UnsupportedSpec
+from moecc.runtime.schemes.copies import Copies
+from moecc.runtime.schemes.packing import pack_experts
+from moecc.runtime.schemes.scheme import Scheme
+
+Tensors = Sequence[torch.Tensor | None]
+"""gate_up, down, gate_up_bias, down_bias and up, as in `ExpertsFn`."""
+
+
+def emit(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
+    """Make the kernel that computes `spec` in a scheme.
+
+    Raises `UnsupportedSpec` when the emitter has none, and what the emitter raises.
+    """
+    layout = {"interleaved": False, "transposed": False, "down_transposed": False}
+    packed = replace(spec, scheme=scheme, split=spec.gated, **layout)
+    if emitter == "triton":
+        raise UnsupportedSpec("triton kernels read no low-bit weights yet")
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedSpec(f"{spec.dtype} weights are not quantized")
+    if emitter == "native":
+        from moecc.codegen.native.emit import emit as emit_native
+
+        kernel = emit_native(packed)
+    else:
+        kernel = reference.emit(packed)
+    copies = Copies(lambda tensors: _packed(spec, scheme, tensors))
+
+    def run(
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+        up: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        low_bit = copies.of((gate_up, down, gate_up_bias, down_bias, up))
+        return kernel.run(hidden, ids, weights, *low_bit)
+
+    return Kernel(spec=spec, emitter=f"{kernel.emitter} {scheme}", run=run, source=kernel.source)
+
+
+def _packed(
+    spec: KernelSpec, scheme: Scheme, tensors: Tensors
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]:
+    """Pack the matrices of a block, gate and up apart; biases go in the same order."""
+    gate_up, down, bias, down_bias, up = tensors
+    assert gate_up is not None
+    assert down is not None
+    with torch.no_grad():
+        first = gate_up.mT if spec.transposed else gate_up
+        if spec.gated and not spec.split:
+            first, up = _halves(spec, first)
+            bias = None if bias is None else torch.cat(_halves(spec, bias), dim=1)
+        elif up is not None and spec.transposed:
+            up = up.mT
+        second = down.mT if spec.down_transposed else down
+        return (
+            pack_experts(first, scheme),
+            pack_experts(second, scheme),
+            bias,
+            down_bias,
+            None if up is None else pack_experts(up, scheme),
+        )
+
+
+def _halves(spec: KernelSpec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Part gates [E, I, ..] and ups [E, I, ..] of [E, 2I, ..]."""
+    if spec.interleaved:
+        return rows[:, ::2], rows[:, 1::2]
+    gate, up = rows.chunk(2, dim=1)
+    return gate, up

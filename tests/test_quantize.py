@@ -1,0 +1,106 @@
+"""`quantize=`: low-bit copies of experts, on every road, for every layout of weights."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import moecc
+from moecc.codegen.emit import choose
+from moecc.runtime.schemes.packing import dequantize, quantize
+from moecc.runtime.schemes.scheme import INT8, SCHEMES
+from moecc.tiny import tiny_model
+from tests.codegen.native_cases import make_spec
+from tests.loops import WhereLoop
+from tests.models import relative_error
+
+PROMPT = torch.arange(3, 27).reshape(2, 12)
+
+
+def rounded(model: Any, scheme: str, turned: bool = False) -> Any:
+    """Replace expert weights by what their codes stand for, in the model's own code."""
+    for module in model.modules():
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(module, name, None)
+            if isinstance(weight, torch.nn.Parameter) and weight.dim() == 3:
+                for one in weight.data:
+                    rows = one.T if turned else one
+                    known = dequantize(quantize(rows, SCHEMES[scheme]), SCHEMES[scheme])
+                    rows.copy_(known[:, : rows.shape[1]])
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_model_computes_with_its_rounded_weights(family: str, scheme: str) -> None:
+    want = rounded(tiny_model(family), scheme, turned=family == "gpt_oss")
+    model: Any = tiny_model(family)
+    compiled = torch.compile(
+        model, backend="moecc", options={"inner": "eager", "quantize": scheme, "strict": True}
+    )
+    with torch.no_grad():
+        expected = want(PROMPT).logits
+        for road in (compiled, model):  # in a graph, and outside
+            assert relative_error(road(PROMPT).logits, expected) < 0.05
+    (graph,) = moecc.report(model).graphs
+    name = str(SCHEMES[scheme])
+    assert {block["kernel"].split(":")[0] for block in graph.blocks} == {f"native {name}"}
+    assert any("MB less to read" in one["note"] for one in graph.passes)
+
+
+def test_expert_modules_are_quantized_too() -> None:
+    model = WhereLoop().eval()
+    x = torch.randn(7, 16)
+    with torch.no_grad():
+        want = model(x)
+        compiled = torch.compile(
+            model, backend="moecc", options={"inner": "eager", "quantize": "int8"}
+        )
+        for road in (compiled, model):
+            assert 1e-5 < relative_error(road(x), want) < 0.05
+
+
+def test_written_weights_are_packed_again() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    compiled = torch.compile(model, backend="moecc", options={"inner": "eager", "quantize": "int8"})
+    with torch.no_grad():
+        before = compiled(PROMPT).logits
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj.mul_(-1.0)
+        after = compiled(PROMPT).logits
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj.mul_(-1.0)
+        assert torch.equal(compiled(PROMPT).logits, before)
+    assert not torch.allclose(before, after)
+
+
+def test_blocks_may_have_different_schemes() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    options = {"inner": "eager", "quantize": {"*.0.mlp*": "int8", "*": "int4-g64"}}
+    compiled = torch.compile(model, backend="moecc", options=options)
+    with torch.no_grad():
+        inside, outside = compiled(PROMPT).logits, model(PROMPT).logits
+    assert relative_error(inside, outside) < 1e-5
+    (graph,) = moecc.report(model).graphs
+    kernels = [block["kernel"].split(":")[0] for block in graph.blocks]
+    assert kernels == ["native int8", "native int4-g64"]
+
+
+def test_the_reference_kernel_is_the_weights_that_codes_stand_for() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    options = {"inner": "eager", "quantize": "int4", "kernels": "torch"}
+    compiled = torch.compile(model, backend="moecc", options=options)
+    with torch.no_grad():
+        expected = rounded(tiny_model("qwen3_moe"), "int4")(PROMPT).logits
+        assert relative_error(compiled(PROMPT).logits, expected) < 1e-5
+
+
+def test_what_no_kernel_reads_keeps_its_dtype_and_says_so() -> None:
+    spec = make_spec("silu", torch.float32)
+    kernel, declined = choose(spec, "triton", INT8)
+    assert kernel.emitter == "torch"
+    assert kernel.spec.scheme is None
+    assert ["int8" in why for why in declined] == [True, False]
+    kernel, declined = choose(make_spec("silu", torch.float64), "torch", INT8)
+    assert kernel.emitter == "torch"
+    assert "float64 weights are not quantized" in declined[0]
