@@ -1,6 +1,7 @@
-"""Measure how well a causal language model predicts text, with plain transformers and no moecc.
+"""Measure how well a causal language model predicts text.
 
-    python -m benchmarks.perplexity benchmarks/reference
+    python -m benchmarks.perplexity benchmarks/reference                   # no moecc, eager
+    python -m benchmarks.perplexity benchmarks/reference --quantize int4   # moecc, 4-bit experts
     python -m benchmarks.perplexity Qwen/Qwen3-30B-A3B --text notes.txt
 
 Without `--text`, each `MODEL/validation/KIND.txt` is one kind of text and gets one line.
@@ -73,14 +74,17 @@ def print_losses(
 
 def main() -> None:
     """Read the command line, load the model and print its losses."""
-    parser = argparse.ArgumentParser(description="Measure a model's loss on text, with eager code.")
+    parser = argparse.ArgumentParser(description="Measure a model's loss on text.")
     parser.add_argument("model", help="a checkpoint folder or a hub name")
     parser.add_argument("--text", type=Path, help="text to measure [MODEL/validation/*.txt]")
     parser.add_argument("--dtype", default="float32", help="type to compute in [float32]")
+    parser.add_argument("--quantize", help="scheme of moecc's experts [no moecc]")
     args = parser.parse_args()
     texts = [args.text] if args.text else find_texts(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    if args.quantize:  # the model's own code then runs with moecc's kernels
+        torch.compile(model.eval(), backend="moecc", options={"quantize": args.quantize})
     print_losses(model.eval(), tokenizer, texts)
 
 

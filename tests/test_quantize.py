@@ -1,5 +1,6 @@
 """`quantize=`: low-bit copies of experts, on every road, for every layout of weights."""
 
+from statistics import median
 from typing import Any
 
 import pytest
@@ -41,7 +42,11 @@ def test_a_model_computes_with_its_rounded_weights(family: str, scheme: str) -> 
     with torch.no_grad():
         expected = want(PROMPT).logits
         for road in (compiled, model):  # in a graph, and outside
-            assert relative_error(road(PROMPT).logits, expected) < 0.05
+            got = road(PROMPT).logits.flatten(0, 1)
+            errors = [
+                relative_error(*pair) for pair in zip(got, expected.flatten(0, 1), strict=True)
+            ]
+            assert median(errors) < 0.02  # of a token: rounded inputs may flip a choice of another
     (graph,) = moecc.report(model).graphs
     name = str(SCHEMES[scheme])
     assert {block["kernel"].split(":")[0] for block in graph.blocks} == {f"native {name}"}
