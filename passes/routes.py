@@ -54,16 +54,25 @@ def _choices(
         value = _seen(build, factor, route.active, experts, nodes)
         if factor.experts and factor.choices:
             at = build.method("unsqueeze", ids, -1)
-            value = build.function(torch.take_along_dim, value, at, dim=-1)
-            value = build.method("squeeze", value, -1)
+            value = build.method("squeeze", _at(build, value, at, factor), -1)
         elif factor.experts:
-            value = build.function(torch.take_along_dim, value, ids, dim=-1)
+            value = _at(build, value, ids, factor)
         weights = value if weights is None else build.function(torch.mul, weights, value)
     if weights is None:
         return ids, build.function(torch.ones_like, ids)
     if not same_shape(_shape(weights), _shape(ids)):
         weights = build.method("expand_as", weights, ids)
     return ids, weights
+
+
+def _at(build: Builder, value: Node, ids: Node, factor: Seen) -> Node:
+    """Give a factor's values at the chosen experts.
+
+    Tracing `take_along_dim`, which broadcasts, takes the token count for a constant.
+    """
+    if factor.tokens:
+        return build.function(torch.gather, value, -1, ids)
+    return build.function(torch.take_along_dim, value, ids, dim=-1)
 
 
 def _seen(build: Builder, seen: Seen, active: int, experts: int, nodes: Mapping[str, Node]) -> Node:

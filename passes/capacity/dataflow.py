@@ -34,7 +34,7 @@ _MULTIPLIES = {"mul", "imul", "mul_", "multiply"}
 _CONJUNCTIONS = {"and_", "__and__", "bitwise_and", "logical_and", "iand"}
 _NEGATIONS = {"logical_not", "bitwise_not", "invert", "__invert__"}
 _SCATTERS = {"scatter", "scatter_"}
-_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _TO_WHOLE = {"long", "int", "to", "type"}
 _HOLD_COUNTS = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
 
@@ -167,7 +167,7 @@ class Dataflow:
             return True
         if op_name(node) == "getitem" and tensor_of(args[0]) is not None:
             return self.is_mask(View(args[0], ((),) * len(shape_of(args[0]))))
-        if op_name(node) in _SCATTERS and len(args) == 4 and op_name(args[0]) in _ZEROS:
+        if op_name(node) in _SCATTERS and len(args) == 4 and op_name(args[0]) in ZEROS:
             self.read(args[0], node)
             return number(args[3]) == 1
         parts = self.factors(view)

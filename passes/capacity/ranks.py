@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch.fx import Node
 
 from moecc.passes.axes import Axis, Dim, Extent, View, leaves, shape_of
+from moecc.passes.capacity.counts import counted
 from moecc.passes.capacity.dataflow import ADDS, SUBTRACTS, Unproven, number
 from moecc.passes.capacity.terms import Fact, Reader, Term
 from moecc.passes.pattern import op_name
@@ -94,8 +95,8 @@ class Ranks:
         node, name = view.node, op_name(view.node)
         if name in ADDS | SUBTRACTS and len(node.args) == 2 and not node.kwargs:
             return self._shifted(view)
-        if name == "cumsum":
-            return self._cumsum(view)
+        if (count := counted(self._reader.flow, view)) is not None:
+            return self._counted(view, *count)
         if name in _CLAMPS:
             return self._clamped(view)
         if name in ("where", "masked_fill") and len(node.args) == 3:
@@ -137,18 +138,17 @@ class Ranks:
         base = self._reader.flow.stripped(base)
         return replace(rank, bases=(*rank.bases, base), axes=rank.axes | base.axes)
 
-    def _cumsum(self, view: View) -> Rank:
-        node = view.node
-        source = self._seen(node.args[0], view)
-        dim = node.kwargs.get("dim", (*node.args, None)[1])
-        if not isinstance(dim, int):
-            raise Unproven(node, "it runs over no single dimension")
+    def _counted(self, view: View, source: View, dim: int, offset: int) -> Rank:
         term = self._reader.term(source)
         if term.summed or not all(map(self._reader.flow.is_mask, term.factors)):
             raise Unproven(source.node, "what is counted is not a mask of zeros and ones")
-        mask = frozenset(self._reader.facts(term))
-        along, axes = view.dims[dim], view.axes
-        return Rank(node=node, mask=mask, along=along, axes=axes)
+        return Rank(
+            node=view.node,
+            mask=frozenset(self._reader.facts(term)),
+            along=view.dims[dim],
+            axes=view.axes,
+            offset=sympy.Integer(offset),
+        )
 
     def _clamped(self, view: View) -> Rank:
         node, name = view.node, op_name(view.node)

@@ -104,6 +104,8 @@ def _routes(reader: Reader, block: Dispatch, output: Node) -> tuple[Route, ...]:
         if not any(implied(each, one) for each in filled):
             raise Unproven(one.slot.node, "what it brings back need not have been dispatched")
         routes.append(_route(reader, term, one, block, output))
+    if not routes:
+        raise Unproven(block.combine.node, "it is zero, whatever the tokens are")
     return tuple(routes)
 
 
@@ -118,7 +120,8 @@ def _placed(
         return not part.axes & slots if slots else part.node not in giving
 
     for term in reader.terms(view, done, binary):
-        yield term, place(reader, term, slots, block.expert)
+        if not reader.vanishes(term):
+            yield term, place(reader, term, slots, block.expert)
 
 
 def _depending(nodes: Iterable[Node]) -> set[Node]:

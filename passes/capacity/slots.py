@@ -54,7 +54,7 @@ def place(reader: Reader, term: Term, slots: frozenset[Axis], expert: Dim) -> Pl
     rank = Ranks(reader, expert).read(view)
     whole = Term((), term.summed)
     for factor in term.factors:
-        whole = whole.times(reader.term(factor))
+        whole = reader.times(whole, reader.term(factor))
     whole = reader.settled(whole)
     facts: Facts = dict(reader.facts(whole))
     for fact in [*facts]:

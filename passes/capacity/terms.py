@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch.fx import Node
 
 from moecc.passes.axes import Axis, Dim, Extent, View, leaves, through_layout
-from moecc.passes.capacity.dataflow import ADDS, Dataflow, Unproven, is_whole, number
+from moecc.passes.capacity.dataflow import ADDS, ZEROS, Dataflow, is_whole, number
 from moecc.passes.pattern import op_name
 
 _COMPARISONS = {
@@ -34,12 +34,6 @@ class Term:
     factors: tuple[View, ...]
     summed: frozenset[Axis] = frozenset()
 
-    def times(self, other: "Term") -> "Term":
-        """Multiply; raises `Unproven` if both sum over the same axis."""
-        if self.summed & other.summed:
-            raise Unproven(self.factors[0].node, "a sum is multiplied by itself")
-        return Term((*self.factors, *other.factors), self.summed | other.summed)
-
 
 class Reader:
     """Reads the products of a graph."""
@@ -54,11 +48,11 @@ class Reader:
             factors, summed = parts
             term = Term((), summed)
             for factor in factors:
-                term = term.times(self.term(factor, along, whole))
+                term = self.times(term, self.term(factor, along, whole))
             return term
         inside = None if self.flow.several(view) else self.flow.summand(view, along)
         if inside is not None:
-            return Term((), inside[1]).times(self.term(inside[0], along, whole))
+            return self.times(Term((), inside[1]), self.term(inside[0], along, whole))
         if (tested := self.flow.tested(view)) is not None and self.flow.is_mask(tested):
             return self.term(tested, along, whole)
         return Term((view,))
@@ -83,7 +77,7 @@ class Reader:
                 return tuple(itertools.chain.from_iterable(parts))
         if (inside := self.flow.summand(view)) is not None:
             inner = self.terms(inside[0], done, binary)
-            return tuple(Term((), inside[1]).times(term) for term in inner)
+            return tuple(self.times(Term((), inside[1]), term) for term in inner)
         if (tested := self.flow.tested(view)) is not None:
             inner = self.terms(tested, done, binary)
             masks = all(self.flow.is_mask(one) for term in inner for one in term.factors)
@@ -95,8 +89,23 @@ class Reader:
         total: tuple[Term, ...] = (Term((), parts[1]),)
         for factor in parts[0]:
             more = self.terms(factor, done, binary)
-            total = tuple(one.times(other) for one in total for other in more)
+            total = tuple(self.times(one, other) for one in total for other in more)
         return total
+
+    def times(self, one: Term, other: Term) -> Term:
+        """Multiply; a sum that both have runs over an axis of its own in each."""
+        for axis in one.summed & other.summed:
+            copy = axis
+            while copy in one.summed | other.summed:
+                copy = self.flow.bound.setdefault((copy, "again"), Axis(axis.size))
+            factors = tuple(view.renamed((axis,), (copy,)) for view in other.factors)
+            other = Term(factors, other.summed - {axis} | {copy})
+        return Term((*one.factors, *other.factors), one.summed | other.summed)
+
+    def vanishes(self, term: Term) -> bool:
+        """Tell whether a factor is made of zeros, as the mask of a choice that is switched off."""
+        inner = (one for factor in term.factors for one in self.term(factor).factors)
+        return any(op_name(one.node) in ZEROS and not one.negated for one in inner)
 
     def settled(self, term: Term) -> Term:
         """Drop sums over e' of what holds one_hot(ids)[e'], beside one_hot(ids)[e]."""
