@@ -38,6 +38,8 @@ class Axis:
     size: Extent
     parts: tuple["Axis", ...] = ()
     """What it was split into, slowest first, once a view has shown that it consists of several."""
+    at: int | None = None
+    """The only one of its indices that is looked at."""
 
 
 Dim = tuple[Axis, ...]
@@ -212,6 +214,8 @@ def deal(axes: Sequence[Axis], shape: Sequence[Extent]) -> Dims | None:
 
 def _split(axis: Axis, sizes: Sequence[Extent]) -> bool:
     """Split an axis into the first of these sizes whose product is the axis's own."""
+    if axis.at is not None:
+        return False
     for count in range(2, len(sizes) + 1):
         parts = tuple(Axis(size) for size in sizes[:count])
         if same(size_along(parts), axis.size):

@@ -1,7 +1,8 @@
 """Read where a graph's values come from, one step at a time, over named axes.
 
 Dynamo graphs write in place. A value is only read where no write to its memory lies between where
-it was made and where it is used; everything else is `Unproven`.
+it was made and where it is used, or where all of those are seen (`writes`); everything else is
+`Unproven`.
 """
 
 from dataclasses import replace
@@ -24,6 +25,13 @@ from moecc.passes.axes import (
     size_along,
     tensor_of,
     through_layout,
+)
+from moecc.passes.capacity.writes import (
+    pinned,
+    row_read,
+    row_written,
+    stacked_along,
+    value_written,
 )
 from moecc.passes.pattern import mutates, op_name
 from moecc.passes.sizes import expression, same, sympy
@@ -53,25 +61,50 @@ class Dataflow:
     def __init__(self, graph: Graph) -> None:
         self.bound: Bound = {}
         self._place = {node: place for place, node in enumerate(graph.nodes)}
-        self._writes: dict[StorageWeakRef, list[int]] = {}
+        self._writes: dict[StorageWeakRef, list[Node]] = {}
         for node in filter(mutates, graph.nodes):
             for written in _written(node):
-                self._writes.setdefault(written, []).append(self._place[node])
+                self._writes.setdefault(written, []).append(node)
 
     def read(self, node: Node, user: Node) -> None:
         """Raise `Unproven` if `user` finds another value in `node` than was put there."""
+        if self._between(node, user):
+            raise Unproven(node, f"it is written to in place before {user.name} reads it")
+
+    def found(self, view: View, user: Node) -> View:
+        """Give what `user` finds: what a view was made as, or what was last written to it.
+
+        Raises `Unproven` if it cannot be told what was.
+        """
+        writes = self._between(view.node, user)
+        index = pinned(view.dims[0]) if writes and view.dims else None
+        rows = [row_written(write, view.node) for write in writes]
+        if index is None or None in rows:
+            self.read(view.node, user)
+            return view
+        last = [write for write, row in zip(writes, rows, strict=True) if row == index][-1:]
+        if not last:
+            return view
+        node, inside = value_written(last[0]), view.dims[1:]
+        return self.found(replace(view, node=node, dims=inside), last[0])
+
+    def _between(self, node: Node, user: Node) -> list[Node]:
+        """Give what writes to a node's memory between where it is made and where it is used."""
         value = tensor_of(node)
         writes = self._writes.get(_storage(value), []) if value is not None else []
-        if any(self._place[node] < place < self._place[user] for place in writes):
-            raise Unproven(node, f"it is written to in place before {user.name} reads it")
+        start, stop = self._place[node], self._place[user]
+        return [write for write in writes if start < self._place[write] < stop]
+
+    def pin(self, size: Extent, index: int) -> Axis:
+        """Give the axis that stands for one index of a dimension."""
+        return self.bound.setdefault(("at", size, index), Axis(size, at=index))
 
     def operand(self, value: Any, view: View, negated: bool = False) -> View | None:
         """See an operand of something elementwise, if it is a tensor."""
         seen = broadcast(value, view.dims)
         if seen is None:
             return None
-        self.read(seen.node, view.node)
-        return replace(seen, negated=negated)
+        return replace(self.found(seen, view.node), negated=negated)
 
     def stripped(self, view: View, whole: bool = False) -> View:
         """Go back through what only changes layout or dtype, and through negations.
@@ -81,13 +114,26 @@ class Dataflow:
         while True:
             if whole and not _has_dtype(view.node, _HOLD_COUNTS):
                 raise Unproven(view.node, "its dtype cannot hold large counts of tokens")
-            below = through_layout(view) or self._unnegated(view)
+            below = through_layout(view) or self._picked(view) or self._unnegated(view)
             if below is None and whole and op_name(view.node) in _TO_WHOLE and is_whole(view.node):
                 below = view.of(cast(Node, view.node.args[0]), view.dims)
             if below is None:
                 return view
-            self.read(below.node, view.node)
-            view = below
+            view = self.found(below, view.node)
+
+    def _picked(self, view: View) -> View | None:
+        """Go back from one row, `x[0]`, or to one of what was stacked."""
+        node = view.node
+        row = row_read(node)
+        if row is not None:
+            source = cast(Node, node.args[0])
+            return view.of(source, ((self.pin(shape_of(source)[0], row),), *view.dims))
+        dim = stacked_along(node)
+        index = pinned(view.dims[dim]) if dim is not None else None
+        if dim is None or index is None:
+            return None
+        one = cast(tuple[Node, ...], node.args[0])[index]
+        return view.of(one, (*view.dims[:dim], *view.dims[dim + 1 :]))
 
     def _unnegated(self, view: View) -> View | None:
         """Go back from `~mask` or `1 - mask`."""
@@ -135,7 +181,6 @@ class Dataflow:
         if op_name(node) != "sum" or view.negated or tensor_of(node.args[0]) is None:
             return None
         source, summed, kept = _reduction(node)
-        self.read(source, node)
         axes: list[Axis] = []
         dims: list[Dim] = []
         outer = iter(view.dims)
@@ -149,7 +194,7 @@ class Dataflow:
             axes += dims[-1]
             if kept:
                 next(outer)
-        return View(source, tuple(dims)), frozenset(leaves(axes))
+        return self.found(View(source, tuple(dims)), node), frozenset(leaves(axes))
 
     def tested(self, view: View) -> View | None:
         """Go back from `x.bool()`, `x.to(torch.bool)` and `x != 0`."""
@@ -165,6 +210,8 @@ class Dataflow:
         node, args = view.node, cast(tuple[Any, ...], view.node.args)
         if is_bool(node) or op_name(node) == "one_hot" or self.several(view):
             return True
+        if op_name(node) == "setitem":
+            return not isinstance(args[2], Node) and args[2] in (0, 1)
         if op_name(node) == "getitem" and tensor_of(args[0]) is not None:
             return self.is_mask(View(args[0], ((),) * len(shape_of(args[0]))))
         if op_name(node) in _SCATTERS and len(args) == 4 and op_name(args[0]) in ZEROS:
@@ -221,7 +268,7 @@ def is_whole(node: Node) -> bool:
 
 
 def _has_dtype(node: Node, dtypes: tuple[torch.dtype, ...]) -> bool:
-    value = tensor_of(node)
+    value = tensor_of(node.args[0] if op_name(node) == "setitem" else node)
     return value is not None and value.dtype in dtypes
 
 

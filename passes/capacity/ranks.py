@@ -142,6 +142,8 @@ class Ranks:
         term = self._reader.term(source)
         if term.summed or not all(map(self._reader.flow.is_mask, term.factors)):
             raise Unproven(source.node, "what is counted is not a mask of zeros and ones")
+        if any(axis.at is not None for axis in leaves(view.dims[dim])):
+            raise Unproven(view.node, "it counts over choices, of which each is looked at alone")
         return Rank(
             node=view.node,
             mask=frozenset(self._reader.facts(term)),

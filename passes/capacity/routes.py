@@ -6,7 +6,7 @@ factors that do not depend on the slot, read at the chosen expert.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from torch.fx import Node
 
@@ -15,26 +15,21 @@ from moecc.passes.axes import (
     Dim,
     View,
     leaves,
-    over_own_axes,
-    shape_of,
     size_along,
     through_layout,
 )
+from moecc.passes.capacity.bounds import around, check_detour, is_positive
 from moecc.passes.capacity.dataflow import Dataflow, Unproven, number
 from moecc.passes.capacity.slots import (
     Placed,
     check_apart,
     gives_only_slot,
     implied,
-    place,
+    placed,
 )
 from moecc.passes.capacity.terms import Fact, Reader, Term
 from moecc.passes.ir import Route, Seen
 from moecc.passes.pattern import op_name
-
-_POSITIVE = {"softmax", "sigmoid", "exp", "relu", "square", "abs", "one_hot"}
-_KEEP_SIGN = {"sum", "einsum", "matmul", "max", "amax", "gather", "getitem", "topk", "cumsum"}
-_ELEMENTWISE = {"mul", "imul", "add", "iadd", "div", "truediv", "itruediv"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +89,21 @@ def _split(reader: Reader, block: Dispatch) -> frozenset[Axis]:
 def _routes(reader: Reader, block: Dispatch, output: Node) -> tuple[Route, ...]:
     reader.flow.read(block.dispatch.node, block.entry)
     reader.flow.read(block.combine.node, output)
-    dispatch, tested = _tested(reader.flow, block.dispatch)
-    filled = [one for _, one in _placed(reader, dispatch, block)]
+    dispatch = reader.flow.stripped(block.dispatch)
+    detour = around(reader.flow, dispatch, block.entry)
+    dispatch, tested = _tested(reader.flow, reader.flow.stripped(detour[0]) if detour else dispatch)
+    filled = [one for _, ones in _placed(reader, dispatch, block) for one in ones]
     check_apart(reader, filled, frozenset(block.tokens).difference(block.slots), block.expert)
     for one in filled:
         _check_binary(reader.flow, one, block, tested)
     routes: list[Route] = []
-    for term, one in _placed(reader, block.combine, block, dispatch.node):
-        if not any(implied(each, one) for each in filled):
-            raise Unproven(one.slot.node, "what it brings back need not have been dispatched")
-        routes.append(_route(reader, term, one, block, output))
+    for term, ones in _placed(reader, block.combine, block, dispatch.node):
+        for one in ones:
+            if not any(implied(each, one) for each in filled):
+                raise Unproven(one.slot.node, "what it brings back need not have been dispatched")
+            if detour:
+                check_detour(reader.flow, detour[1], one.term, block.combine)
+        routes.append(_route(reader, term, ones, block, output))
     if not routes:
         raise Unproven(block.combine.node, "it is zero, whatever the tokens are")
     return tuple(routes)
@@ -111,7 +111,7 @@ def _routes(reader: Reader, block: Dispatch, output: Node) -> tuple[Route, ...]:
 
 def _placed(
     reader: Reader, view: View, block: Dispatch, binary: Node | None = None
-) -> Iterator[tuple[Term, Placed]]:
+) -> Iterator[tuple[Term, tuple[Placed, ...]]]:
     slots = block.within
     alone = (node for node in view.node.graph.nodes if gives_only_slot(node))
     giving = set[Node]() if slots else _depending(alone)
@@ -121,7 +121,7 @@ def _placed(
 
     for term in reader.terms(view, done, binary):
         if not reader.vanishes(term):
-            yield term, place(reader, term, slots, block.expert)
+            yield term, placed(reader, term, slots, block.expert)
 
 
 def _depending(nodes: Iterable[Node]) -> set[Node]:
@@ -137,33 +137,12 @@ def _depending(nodes: Iterable[Node]) -> set[Node]:
 
 def _tested(flow: Dataflow, view: View) -> tuple[View, bool]:
     """Go back from `x.bool()`, `x != 0` or, of what is never negative, `x > 0`."""
-    view = flow.stripped(view)
     tested = flow.tested(view)
     if tested is None and op_name(view.node) in ("gt", "greater") and not view.negated:
         tested = flow.operand(view.node.args[0], view) if number(view.node.args[1]) == 0 else None
-        if tested is not None and not _is_positive(flow, tested.node):
+        if tested is not None and not is_positive(flow, tested.node):
             raise Unproven(view.node, "a weight below zero would have no slot")
     return (view, False) if tested is None else (flow.stripped(tested), True)
-
-
-def _is_positive(flow: Dataflow, value: Any) -> bool:
-    """Tell whether a value is nowhere below zero."""
-    if not isinstance(value, Node):
-        return isinstance(value, (int, float)) and value >= 0
-    name = op_name(value)
-    if name in _POSITIVE or flow.is_mask(View(value, ((),) * len(shape_of(value)))):
-        return True
-    if name in _ELEMENTWISE:
-        sources = value.args
-    elif name in _KEEP_SIGN:
-        sources = value.all_input_nodes
-    else:
-        below = through_layout(over_own_axes(value))
-        sources = [below.node] if below else []
-    for source in sources:
-        if isinstance(source, Node):
-            flow.read(source, value)
-    return bool(sources) and all(_is_positive(flow, source) for source in sources)
 
 
 def _check_binary(flow: Dataflow, one: Placed, block: Dispatch, tested: bool) -> None:
@@ -189,8 +168,19 @@ def _ids(flow: Dataflow, one: Placed, block: Dispatch) -> tuple[View, Fact]:
     raise Unproven(one.slot.node, "the chosen experts are not given as ids")
 
 
-def _route(reader: Reader, term: Term, one: Placed, block: Dispatch, output: Node) -> Route:
+def _route(
+    reader: Reader, term: Term, ones: tuple[Placed, ...], block: Dispatch, output: Node
+) -> Route:
+    one = ones[0]
+    found = [(each.of_all(_ids(reader.flow, each, block)[0])) for each in ones]
     ids, chosen = _ids(reader.flow, one, block)
+    if one.choice is not None:
+        ids = found[0]
+        chosen = ("one_hot", reader.flow.stripped(ids).key, leaves(block.expert))
+    if any(each.key != ids.key for each in found):
+        raise Unproven(one.slot.node, "its choices are not those of one tensor of ids")
+    if any(axis.at is not None for axis in ids.axes):
+        raise Unproven(ids.node, "only one of several choices is read")
     over = (axis for dim in ids.dims for axis in leaves(dim))
     choices = tuple(axis for axis in over if axis not in block.tokens)
     if not term.summed <= set(choices) or not size_along(choices).is_number:
@@ -201,7 +191,7 @@ def _route(reader: Reader, term: Term, one: Placed, block: Dispatch, output: Nod
     factors = [
         view
         for view in term.factors
-        if (view != one.slot or one.stop is not None) and reader.fact(view) != chosen
+        if (view != one.of_all(one.slot) or one.stop is not None) and reader.fact(view) != chosen
     ]
     seen = [_seen(reader.flow, view, block, choices, output) for view in (ids, *factors)]
     return Route(ids=seen[0], factors=tuple(seen[1:]), active=int(size_along(choices)))

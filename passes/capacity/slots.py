@@ -11,7 +11,7 @@ it does not hold has no slot, and what happens to its position does not matter.
 """
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from moecc.passes.axes import Axis, Dim, Extent, View, broadcast, leaves, shape_
 from moecc.passes.capacity.dataflow import ADDS, Unproven, number
 from moecc.passes.capacity.ranks import Bend, Rank, Ranks
 from moecc.passes.capacity.terms import Fact, Reader, Term
+from moecc.passes.capacity.writes import stacked_along
 from moecc.passes.pattern import op_name
 from moecc.passes.sizes import same, sympy
 
@@ -43,14 +44,42 @@ class Placed:
     start: Extent
     stop: Extent | None
     """The positions that have a slot; None: every one has, or the model refuses to run."""
+    choice: tuple[Axis, Axis] | None = None
+    """The axis of a token's choices, if they are proved one by one, and the one that this is."""
+
+    def of_all(self, view: View) -> View:
+        """See for all choices what is seen for this one."""
+        return view.renamed((self.choice[1],), (self.choice[0],)) if self.choice else view
+
+
+def placed(reader: Reader, term: Term, slots: frozenset[Axis], expert: Dim) -> tuple[Placed, ...]:
+    """Read the positions of one term: of each choice alone, if those were stacked."""
+    axis = _stacked(reader, term, slots)
+    if axis is None:
+        return (place(reader, term, slots, expert),)
+    found: list[Placed] = []
+    for index in range(int(axis.size)):
+        one = reader.flow.pin(axis.size, index)
+        factors = tuple(view.renamed((axis,), (one,)) for view in term.factors)
+        alone = place(reader, Term(factors, term.summed - {axis}), slots, expert)
+        found.append(replace(alone, choice=(axis, one)))
+    return tuple(found)
+
+
+def _stacked(reader: Reader, term: Term, slots: frozenset[Axis]) -> Axis | None:
+    """Give the axis that a term sums over and along which its positions are stacked."""
+    slot = _slot(reader, term, slots)
+    position, _, _ = _position(reader, reader.flow.stripped(slot))
+    position = reader.flow.stripped(position, whole=True)
+    dim = stacked_along(position.node)
+    axes = leaves(position.dims[dim]) if dim is not None else ()
+    return axes[0] if len(axes) == 1 and axes[0] in term.summed else None
 
 
 def place(reader: Reader, term: Term, slots: frozenset[Axis], expert: Dim) -> Placed:
     """Read the position of one term; raises `Unproven` if there is none to be read."""
-    inside = [one for one in term.factors if _gives_slot(reader, one, slots)]
-    if len(inside) != 1:
-        raise Unproven(term.factors[0].node, "no single factor says which slot a token gets")
-    view, start, stop = _position(reader, reader.flow.stripped(inside[0]))
+    slot = _slot(reader, term, slots)
+    view, start, stop = _position(reader, reader.flow.stripped(slot))
     rank = Ranks(reader, expert).read(view)
     whole = Term((), term.summed)
     for factor in term.factors:
@@ -65,7 +94,15 @@ def place(reader: Reader, term: Term, slots: frozenset[Axis], expert: Dim) -> Pl
             continue
         if all(_leaves_alone(later, bend) for later in rank.bends[index + 1 :]):
             facts.setdefault(bend.unless)
-    return Placed(slot=inside[0], term=whole, facts=facts, rank=rank, start=start, stop=stop)
+    return Placed(slot=slot, term=whole, facts=facts, rank=rank, start=start, stop=stop)
+
+
+def _slot(reader: Reader, term: Term, slots: frozenset[Axis]) -> View:
+    """Give the factor that says which slot a token gets."""
+    inside = [one for one in term.factors if _gives_slot(reader, one, slots)]
+    if len(inside) != 1:
+        raise Unproven(term.factors[0].node, "no single factor says which slot a token gets")
+    return inside[0]
 
 
 def _gives_slot(reader: Reader, factor: View, slots: frozenset[Axis]) -> bool:
@@ -213,7 +250,8 @@ class _Proof:
     def _counts(self, base: View, along: Dim) -> list[frozenset[Fact]] | None:
         """Read a base as a sum of how many ones masks have; None if it is anything else."""
         if op_name(base.node) in ADDS:
-            operands = [self._reader.flow.operand(arg, base) for arg in base.node.args]
+            summands = [arg for arg in base.node.args if number(arg) != 0]
+            operands = [self._reader.flow.operand(arg, base) for arg in summands]
             bases = [one and self._reader.flow.stripped(one) for one in operands]
             parts = [one and self._counts(one, along) for one in bases]
             return None if None in parts else [one for part in parts for one in part or ()]

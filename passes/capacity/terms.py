@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch.fx import Node
 
 from moecc.passes.axes import Axis, Dim, Extent, View, leaves, through_layout
-from moecc.passes.capacity.dataflow import ADDS, ZEROS, Dataflow, is_whole, number
+from moecc.passes.capacity.dataflow import ADDS, ZEROS, Dataflow, Unproven, is_whole, number
 from moecc.passes.pattern import op_name
 
 _COMPARISONS = {
@@ -104,7 +104,10 @@ class Reader:
 
     def vanishes(self, term: Term) -> bool:
         """Tell whether a factor is made of zeros, as the mask of a choice that is switched off."""
-        inner = (one for factor in term.factors for one in self.term(factor).factors)
+        try:
+            inner = [one for factor in term.factors for one in self.term(factor).factors]
+        except Unproven:
+            return False
         return any(op_name(one.node) in ZEROS and not one.negated for one in inner)
 
     def settled(self, term: Term) -> Term:
