@@ -33,7 +33,8 @@ _DIVIDES = {"div", "truediv", "itruediv", "div_"}
 
 def around(flow: Dataflow, view: View, entry: Node) -> tuple[View, View] | None:
     """Take `x + c - c` apart into x and c; `entry` is the product that it enters."""
-    if op_name(view.node) not in SUBTRACTS or len(view.node.args) != 2 or view.node.kwargs:
+    plain = len(view.node.args) == 2 and not view.node.kwargs and not view.negated
+    if op_name(view.node) not in SUBTRACTS or not plain:
         return None
     total, taken = (flow.operand(arg, view) for arg in view.node.args)
     if total is None or taken is None or op_name(total.node) not in ADDS or total.node.kwargs:
@@ -90,9 +91,9 @@ def _is_at_most_one(flow: Dataflow, view: View) -> bool:
     if name in _SHARES or flow.is_mask(view):
         return True
     if name == "getitem" and tensor_of(args[0]) is None and args[1] == 0:
-        if op_name(args[0]) not in _SELECTS:
+        source = (*args[0].args, None)[0]
+        if op_name(args[0]) not in _SELECTS or not isinstance(source, Node):
             return False
-        source = cast(Node, args[0].args[0])
         flow.read(source, args[0])
         return _is_at_most_one(flow, over_own_axes(source))
     if name in _DIVIDES and len(args) == 2 and not view.node.kwargs:

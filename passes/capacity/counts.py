@@ -25,8 +25,10 @@ def counted(flow: Dataflow, view: View) -> tuple[View, int, int] | None:
     """
     node = view.node
     if op_name(node) == "getitem":
-        total, dim = cast(Node, node.args[0]), _without_last(node)
-        padded = _operand(flow, total) if op_name(total) == "cumsum" else None
+        total, dim = node.args[0], _without_last(node)
+        if not isinstance(total, Node) or op_name(total) != "cumsum" or tensor_of(total) is None:
+            return None
+        padded = _operand(flow, total)
         if dim is None or padded is None or _along(total) != dim or _moved(padded) != (dim, 0):
             return None
         flow.read(total, node)
@@ -49,7 +51,7 @@ def _inside(flow: Dataflow, padded: Node, view: View, dim: int) -> tuple[View, i
 
 
 def _operand(flow: Dataflow, node: Node) -> Node | None:
-    source = node.args[0]
+    source = (*node.args, None)[0]
     if not isinstance(source, Node) or tensor_of(source) is None:
         return None
     flow.read(source, node)

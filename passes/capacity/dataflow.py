@@ -236,6 +236,8 @@ class Dataflow:
         source, index = (*ids.node.args, None, None)[:2]
         if op_name(ids.node) != "getitem" or index != 1 or not isinstance(source, Node):
             return False
+        if not along <= ids.axes:
+            return False
         dim = source.kwargs.get("dim", (*source.args, -1)[2] if len(source.args) > 2 else -1)
         places = [place for place, one in enumerate(ids.dims) if along.intersection(leaves(one))]
         return op_name(source) == "topk" and places == [cast(int, dim) % len(ids.dims)]

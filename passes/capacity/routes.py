@@ -97,7 +97,8 @@ def _routes(reader: Reader, block: Dispatch, output: Node) -> tuple[Route, ...]:
     for one in filled:
         _check_binary(reader.flow, one, block, tested)
     routes: list[Route] = []
-    for term, ones in _placed(reader, block.combine, block, dispatch.node):
+    binary = None if any(axis.at is not None for axis in dispatch.axes) else dispatch.node
+    for term, ones in _placed(reader, block.combine, block, binary):
         for one in ones:
             if not any(implied(each, one) for each in filled):
                 raise Unproven(one.slot.node, "what it brings back need not have been dispatched")

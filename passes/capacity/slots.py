@@ -250,6 +250,8 @@ class _Proof:
     def _counts(self, base: View, along: Dim) -> list[frozenset[Fact]] | None:
         """Read a base as a sum of how many ones masks have; None if it is anything else."""
         if op_name(base.node) in ADDS:
+            if base.node.kwargs:
+                return None
             summands = [arg for arg in base.node.args if number(arg) != 0]
             operands = [self._reader.flow.operand(arg, base) for arg in summands]
             bases = [one and self._reader.flow.stripped(one) for one in operands]

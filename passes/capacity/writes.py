@@ -44,7 +44,7 @@ def row_written(write: Node, whole: Node) -> int | None:
             return row if not isinstance(put, Node) else None
         alike = own.dtype is value.dtype and same_shape(shape_of(cast(Node, put)), shape)
         return row if alike else None
-    target = write.args[0]
+    target = (*write.args, None)[0]
     if name not in _MULTIPLY or not isinstance(target, Node) or target.args[:1] != (whole,):
         return None
     return row_read(target)

@@ -201,6 +201,29 @@ class OtherOrder(Stacked):
         return count.reshape(-1, self.choices, EXPERTS).permute(1, 0, 2)
 
 
+class SecondBehindNobody(TwoChoices):
+    """Second choices start behind what a factor takes away again."""
+
+    def second(self, mask1: torch.Tensor, mask2: torch.Tensor) -> torch.Tensor:
+        count = mask1.sum(0, keepdim=True)
+        return mask2.cumsum(0) - 1 + torch.add(count, count, alpha=-1)
+
+
+class EnteredTwice(MultiHot):
+    """Tokens enter as often as they have likely choices."""
+
+    def route(self, x: torch.Tensor, probs: torch.Tensor) -> Tensors:
+        values, ids = probs.topk(2, -1)
+        chosen = F.one_hot(ids, EXPERTS)
+        mask = chosen.sum(1)
+        position = mask.cumsum(0) - mask
+        kept = mask * (position < self.capacity)
+        slot = F.one_hot(position * kept, self.capacity) * kept.unsqueeze(-1)
+        once = torch.einsum("tke,tec->tec", chosen.float(), slot.float())
+        dispatch = once * (values > 0.1).float().sum(-1)[:, None, None]
+        return dispatch, dispatch * probs.unsqueeze(-1)
+
+
 class TwiceTheSame(MultiHot):
     """Nothing keeps a token from choosing an expert twice, and then it is there twice."""
 
@@ -231,6 +254,8 @@ class TwiceTheSame(MultiHot):
         (SecondBehindExperts, "differs between tokens"),
         (EachChoiceAlone, "does not count all tokens and choices"),
         (OtherOrder, "not a mask of zeros and ones"),
+        (SecondBehindNobody, "do not start where"),
+        (EnteredTwice, "choose the same expert twice"),
         (TwiceTheSame, "adds positions up over more"),
     ],
 )
