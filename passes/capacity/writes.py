@@ -78,13 +78,13 @@ def _row(node: Node) -> int | None:
 
 def _is_dense(value: torch.Tensor) -> bool:
     """Tell whether no two indices share memory, whatever the order of the dimensions is."""
-    pairs = zip(value.shape, value.stride(), strict=True)
-    left = [(size, stride) for size, stride in pairs if not same(size, 1)]
+    pairs = zip(map(expression, value.shape), map(expression, value.stride()), strict=True)
+    left = [(size, stride) for size, stride in pairs if size != 1]
     step = expression(1)
     while left:
         found = next((pair for pair in left if same(pair[1], step)), None)
         if found is None:
             return False
         left.remove(found)
-        step = step * expression(found[0])
+        step = step * found[0]
     return True

@@ -56,6 +56,12 @@ def test_look_alikes_are_left_alone_with_a_reason(
     assert any(reason in miss.why and miss.fallback for miss in result.misses), result.misses
 
 
+def test_lengths_that_equal_other_sizes_need_no_graph_of_their_own() -> None:
+    compiled = rewritten(gates.StraightThrough())
+    assert max(error(compiled, length) for length in (9, 2, 4, 8, 30)) < 1e-5
+    assert compiled.blocks == [1, 1]
+
+
 def test_a_straight_through_one_is_one_up_to_two_roundings() -> None:
     weights = torch.rand(100_000).clamp(min=1e-12)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
