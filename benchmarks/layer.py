@@ -28,6 +28,8 @@ from moecc.codegen.spec import KernelSpec
 SHAPES = {
     "qwen3-30b-a3b": {"hidden": 2048, "intermediate": 768, "experts": 128, "active": 8},
     "olmoe-1b-7b": {"hidden": 2048, "intermediate": 1024, "experts": 64, "active": 8},
+    "mixtral-8x7b": {"hidden": 4096, "intermediate": 14336, "experts": 8, "active": 2},
+    "deepseek-v2-lite": {"hidden": 2048, "intermediate": 1408, "experts": 64, "active": 6},
     "small": {"hidden": 256, "intermediate": 128, "experts": 16, "active": 4},
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -23,6 +23,8 @@ class Seen:
 
     node: str
     negated: bool = False
+    split: int | None = None
+    """A dimension of choices x tokens that comes apart before everything else."""
     summed: tuple[int, ...] = ()
     order: tuple[int, ...]
     tokens: bool

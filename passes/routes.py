@@ -80,6 +80,8 @@ def _seen(build: Builder, seen: Seen, active: int, experts: int, nodes: Mapping[
     node = nodes[seen.node]
     if seen.negated:
         node = build.method("logical_not", node)
+    if seen.split is not None:
+        node = build.method("unflatten", node, seen.split, (active, -1))
     if seen.summed:
         node = build.method("sum", node, dim=list(seen.summed))
     if seen.order != tuple(range(len(seen.order))):

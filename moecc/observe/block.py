@@ -1,5 +1,6 @@
 """Observe one module that calls its experts in Python, and prove the rewrite on other inputs."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -206,8 +207,8 @@ _TORCHS = {name for name in nn.Module().__dict__ if name != "training"}
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Leave no trace in the caller's random numbers or gradients."""
-    with torch.random.fork_rng(), torch.no_grad():
+    """Leave no trace in the caller's random numbers, gradients or warnings."""
+    with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings(action="ignore"):
         torch.manual_seed(0)
         yield
 

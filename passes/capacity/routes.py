@@ -209,6 +209,12 @@ def _plain(flow: Dataflow, view: View) -> View:
     return view
 
 
+def _choices_first(axes: Dim, tokens: Dim, choices: Dim, _: Dim) -> bool:
+    """Tell whether a dimension runs over the tokens of each choice in turn."""
+    first, rest = axes[: len(choices)], axes[len(choices) :]
+    return bool(choices and rest) and first == choices and set(rest) <= set(tokens)
+
+
 def _seen(flow: Dataflow, view: View, block: Dispatch, choices: Dim, output: Node) -> Seen:
     """Say how a node becomes [T, K, E], or what it has of it, by one sum, permute and reshape."""
     view = _plain(flow, view)
@@ -216,6 +222,9 @@ def _seen(flow: Dataflow, view: View, block: Dispatch, choices: Dim, output: Nod
     roles = (block.tokens, choices, block.expert)
     wanted = [axis for role in roles for axis in role]
     along = [leaves(dim) for dim in view.dims]
+    split = next((place for place, axes in enumerate(along) if _choices_first(axes, *roles)), None)
+    if split is not None:
+        along[split : split + 1] = [choices, along[split][len(choices) :]]
     summed = [place for place, axes in enumerate(along) if axes and block.within.issuperset(axes)]
     stays = [place for place in range(len(along)) if place not in summed]
     if any(axis not in wanted for place in stays for axis in along[place]):
@@ -228,6 +237,7 @@ def _seen(flow: Dataflow, view: View, block: Dispatch, choices: Dim, output: Nod
     return Seen(
         node=view.node.name,
         negated=view.negated,
+        split=split,
         summed=tuple(summed),
         order=tuple(stays.index(place) for place in order),
         tokens=has[0],

@@ -226,6 +226,21 @@ class ClampedSlots(Dispatched):
         return weights.masked_fill(position >= self.capacity, 0)
 
 
+class ChoiceMajor(Dispatched):
+    """First choices of all tokens, then second ones, in one dimension."""
+
+    choices = 2
+
+    def route(self, x: torch.Tensor, probs: torch.Tensor) -> Tensors:
+        weights, ids = probs.topk(2)
+        chosen = F.one_hot(ids.T.reshape(-1), EXPERTS)
+        place = (self.count(chosen) * chosen).sum(-1)
+        kept = chosen * (place.unsqueeze(-1) < self.capacity)
+        slots = kept.unsqueeze(-1) * (place[:, None, None] == torch.arange(self.capacity))
+        slots = slots.view(2, len(x), EXPERTS, self.capacity)
+        return slots.sum(0), (slots * weights.T[:, :, None, None]).sum(0)
+
+
 class MultiHot(Dispatched):
     """One mask of all choices, a position with every expert, and dense gates."""
 
@@ -278,7 +293,7 @@ class Groups(Dispatched):
 
 SPELLINGS = (
     Dispatched, TwoChoices, KeptChoices, Stacked, TokenMajor, SpareColumn, FilledColumn,
-    ClampedSlots, MultiHot,
+    ClampedSlots, MultiHot, ChoiceMajor,
 )  # fmt: skip
 
 

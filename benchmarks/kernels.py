@@ -1,0 +1,182 @@
+"""Time the CPU kernels of one MoE layer beside llama.cpp's on the same bits.
+
+    python -m benchmarks.kernels --shape qwen3-30b-a3b --kind bf16,int8,int4 --tokens 1,8,64,512
+
+The floor is the larger of the active experts' bytes over the measured read bandwidth and the FLOPs
+over the measured float32 product rate; integer products can go below it. llama.cpp's kernels are
+`benchmarks/ggml.py` (`pip install libggml-python`), without its repacking of weights at load time.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import ggml
+from benchmarks.layer import DTYPES, SHAPES
+from benchmarks.timing import alternate, machine, narrow_to, product_rate, read_bandwidth, table
+from moecc.codegen.activation import GATE, UP, apply
+from moecc.codegen.native.emit import emit
+from moecc.codegen.spec import KernelSpec
+from moecc.runtime.schemes.packing import pack_experts
+from moecc.runtime.schemes.scheme import SCHEMES
+
+INPUTS = 8
+Call = Callable[..., object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One contender at one number of bits and of tokens."""
+
+    contender: str
+    kind: str
+    tokens: int
+    milliseconds: float
+    busy_milliseconds: float | None
+    """With another process computing on one core."""
+    floor_milliseconds: float
+    of_bandwidth: float
+    """Bytes of active experts over the time, of what a plain read gets."""
+    of_products: float
+    """FLOPs over the time, of what float32 products get."""
+
+
+def main() -> None:
+    """Run the benchmark as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=[*SHAPES], default="qwen3-30b-a3b")
+    parser.add_argument("--kind", default="bf16,int8,int4,mxfp4", help=f"of {[*DTYPES, *SCHEMES]}")
+    parser.add_argument("--tokens", default="1,8,64,512")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each contender")
+    parser.add_argument("--busy", action="store_true", help="also with a busy process beside")
+    parser.add_argument("--isa", choices=["avx2"], help="hold everything to this instruction set")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    narrow_to(arguments.isa)
+    bandwidth, rate = read_bandwidth(), product_rate()
+    print(machine())
+    print(f"reads {bandwidth / 1e9:.1f} GB/s, float32 products {rate / 1e9:.0f} GFLOP/s")
+    if not ggml.installed():
+        print("llama.cpp is not here: pip install libggml-python")
+    rows: list[Row] = []
+    for kind in arguments.kind.split(","):
+        rows += measure(kind, arguments, bandwidth, rate)
+    if arguments.json:
+        record = {"machine": machine(), "shape": arguments.shape, "bandwidth": bandwidth}
+        record |= {"product_rate": rate, "results": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def measure(
+    kind: str, arguments: argparse.Namespace, bandwidth: float, rate: float
+) -> Iterator[Row]:
+    """Time all contenders at one number of bits, and print the table."""
+    shape = SHAPES[arguments.shape]
+    weights = random_weights(shape)
+    ours, size = our_kernel(kind, shape, weights)
+    theirs = None
+    if ggml.installed() and kind in ggml.TYPES:
+        theirs = ggml.Layer(*weights, kind, torch.get_num_threads())
+    print(f"\n{kind}, {size / shape['experts'] / 1e6:.2f} MB an expert")
+    lines = [["", "ms", "of floor", "of read", "x products", *(["busy"] * arguments.busy)]]
+    for tokens in map(int, arguments.tokens.split(",")):
+        batches = [make_batch(shape, tokens) for _ in range(INPUTS)]
+        calls: dict[str, Call] = {"moecc": ours}
+        if theirs is not None:
+            calls[f"ggml {ggml.NAMES[kind]}"] = theirs.graph(tokens, shape["active"])
+        timed = {name: _on(batches, run) for name, run in calls.items()}
+        times = alternate(timed, seconds=arguments.seconds)
+        busy: dict[str, float] = {}
+        if arguments.busy:
+            with busy_process():
+                busy = alternate(timed, seconds=arguments.seconds)
+        active = sum(ids.unique().numel() for _, ids, _ in batches) / INPUTS
+        read = active * size / shape["experts"]
+        flops = 6 * tokens * shape["active"] * shape["hidden"] * shape["intermediate"]
+        floor = max(read / bandwidth, flops / rate)
+        for name, took in times.items():
+            row = Row(
+                contender=name,
+                kind=kind,
+                tokens=tokens,
+                milliseconds=took * 1e3,
+                busy_milliseconds=busy[name] * 1e3 if busy else None,
+                floor_milliseconds=floor * 1e3,
+                of_bandwidth=read / took / bandwidth,
+                of_products=flops / took / rate,
+            )
+            lines.append([f"T={tokens} {name}", f"{took * 1e3:.2f}", f"{floor / took:.0%}"])
+            lines[-1] += [f"{row.of_bandwidth:.0%}", f"{row.of_products:.2f}"]
+            lines[-1] += [f"{busy[name] / took:.2f}x"] if busy else []
+            yield row
+    print(table(lines), flush=True)
+
+
+def _on(batches: list[tuple[torch.Tensor, ...]], run: Call) -> Callable[[int], object]:
+    return lambda number: run(*batches[number % len(batches)])
+
+
+def random_weights(shape: dict[str, int]) -> tuple[torch.Tensor, ...]:
+    """Make gate, up [E, I, H] and down [E, H, I]: one expert's values, seen E times."""
+    experts, inner, outer = shape["experts"], shape["intermediate"], shape["hidden"]
+    sizes = ((inner, outer), (inner, outer), (outer, inner))
+    return tuple((torch.randn(size) * size[1] ** -0.5).expand(experts, *size) for size in sizes)
+
+
+def our_kernel(
+    kind: str, shape: dict[str, int], weights: tuple[torch.Tensor, ...]
+) -> tuple[Call, int]:
+    """Give moecc's kernel with its own copy of the weights, and their bytes."""
+    scheme = SCHEMES.get(kind)
+    dtype = torch.float32 if scheme else DTYPES[kind]
+    spec = KernelSpec(
+        hidden=shape["hidden"],
+        intermediate=shape["intermediate"],
+        experts=shape["experts"],
+        dtype=dtype,
+        activation=apply("mul", apply("silu", GATE), UP),
+        gated=True,
+        interleaved=False,
+        transposed=False,
+        down_transposed=False,
+        bias=False,
+        split=True,
+        scheme=scheme,
+        device="cpu",
+    )
+    if scheme is None:
+        gate, up, down = (one.to(dtype).contiguous() for one in weights)
+    else:
+        gate, up, down = (pack_experts(one, scheme) for one in weights)
+    run, bytes_read = emit(spec).run, sum(one.nbytes for one in (gate, up, down))
+    return (
+        lambda hidden, ids, shares: run(hidden.to(dtype), ids, shares, gate, down, None, None, up)
+    ), bytes_read
+
+
+def make_batch(shape: dict[str, int], tokens: int) -> tuple[torch.Tensor, ...]:
+    """Make hidden states, ids and weights of a random router."""
+    shares, ids = torch.randn(tokens, shape["experts"]).softmax(-1).topk(shape["active"])
+    return torch.randn(tokens, shape["hidden"]), ids, shares / shares.sum(-1, keepdim=True)
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Let another process compute on one core meanwhile."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+if __name__ == "__main__":
+    main()
