@@ -115,6 +115,10 @@ class Layer:
         run.keep = self, work  # type: ignore[attr-defined]
         return run
 
+    def rest(self) -> None:
+        """Send its threads to sleep until the next call; else they spin for a tenth of a second."""
+        self._lib.ggml_threadpool_pause(self._pool)
+
     def __del__(self) -> None:
         self._lib.ggml_threadpool_free(self._pool)
         self._lib.ggml_free(self._context)
@@ -157,6 +161,7 @@ _CPU = {
     "ggml_cpu_init": (None,),
     "ggml_threadpool_new": (_pointer, _pointer),
     "ggml_threadpool_free": (None, _pointer),
+    "ggml_threadpool_pause": (None, _pointer),
     "ggml_graph_plan": (_Plan, _pointer, _int, _pointer),
     "ggml_graph_compute": (_int, _pointer, _pointer),
 }

@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +29,10 @@ from moecc.runtime.schemes.packing import pack_experts
 from moecc.runtime.schemes.scheme import SCHEMES
 
 INPUTS = 8
+MOST = 40
+"""Timed calls of a contender."""
+SETTLE = 0.03
+"""Seconds between contenders, whose threads spin for a while after a call."""
 Call = Callable[..., object]
 
 
@@ -84,6 +89,12 @@ def measure(
     theirs = None
     if ggml.installed() and kind in ggml.TYPES:
         theirs = ggml.Layer(*weights, kind, torch.get_num_threads())
+
+    def settle() -> None:
+        if theirs is not None:
+            theirs.rest()
+        time.sleep(SETTLE)
+
     print(f"\n{kind}, {size / shape['experts'] / 1e6:.2f} MB an expert")
     lines = [["", "ms", "of floor", "of read", "x products", *(["busy"] * arguments.busy)]]
     for tokens in map(int, arguments.tokens.split(",")):
@@ -92,11 +103,11 @@ def measure(
         if theirs is not None:
             calls[f"ggml {ggml.NAMES[kind]}"] = theirs.graph(tokens, shape["active"])
         timed = {name: _on(batches, run) for name, run in calls.items()}
-        times = alternate(timed, seconds=arguments.seconds)
+        times = alternate(timed, seconds=arguments.seconds, most=MOST, between=settle)
         busy: dict[str, float] = {}
         if arguments.busy:
             with busy_process():
-                busy = alternate(timed, seconds=arguments.seconds)
+                busy = alternate(timed, seconds=arguments.seconds, most=MOST, between=settle)
         active = sum(ids.unique().numel() for _, ids, _ in batches) / INPUTS
         read = active * size / shape["experts"]
         flops = 6 * tokens * shape["active"] * shape["hidden"] * shape["intermediate"]

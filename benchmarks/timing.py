@@ -43,13 +43,20 @@ def machine() -> str:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[int], object]], *, seconds: float, most: int = 200
+    contenders: Mapping[str, Callable[[int], object]],
+    *,
+    seconds: float,
+    most: int = 200,
+    between: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Return the median seconds of a call of each contender.
 
     Contenders are called in turn, so that a slow spell of the machine hits them alike; each gets
     about `seconds` in all, at least one call, at most `most`. A contender is given the number of
     the call, to pick its input by. The first call of each is not timed.
+
+    With `between`, each timed call follows that and a call that is not timed: it is where threads
+    of the contender before, which spin for work, are put to sleep.
     """
     first: dict[str, float] = {}
     for name, call in contenders.items():
@@ -65,6 +72,9 @@ def alternate(
         for name, call in contenders.items():
             if number > rounds[name]:
                 continue
+            if between is not None:
+                between()
+                call(number - 1)
             start = time.perf_counter()
             call(number)
             taken[name].append(time.perf_counter() - start)
