@@ -19,9 +19,10 @@ class _Copy(Generic[Made]):
 
 
 class Copies(Generic[Made]):
-    """Copies by the place of their tensors in memory; they live as long as that memory.
+    """Copies by the place of their tensors in memory.
 
-    A write through `.data` does not count as one for torch, and so not here.
+    A write through `.data` does not count as one for torch, and so not here. Copies of tensors that
+    are gone go when the next copy is made.
     """
 
     def __init__(self, make: Callable[[Sequence[torch.Tensor | None]], Made]) -> None:
