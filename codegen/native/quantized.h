@@ -158,7 +158,6 @@ struct Quantized {
   static constexpr int UNITS = BLOCK + int(sizeof(Header));
   static constexpr int PANEL = ROWS;
   static constexpr int TILE_TOKENS = REGISTERS == 32 ? 8 : 4;
-  static constexpr int LINES = BLOCK / Code::COLUMNS;  // of a block
   static_assert(BLOCK % 32 == 0 && ROWS % PANEL_ROWS == 0);
 
   static INLINE void pack(const float* line, Input* packed) {
