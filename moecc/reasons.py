@@ -53,6 +53,7 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     (r"which moecc does not read", "use plain floating-point parameters"),
     (r"is used by .* too", "keep values from the middle of the block inside it"),
     (r"in place in the middle", "write in place before the block or after it"),
+    (r"each on its own buffer", "keep the experts' weights in stacked parameters [E, ., .]"),
     (r"declined", "install what the message names, or choose another emitter with --kernels"),
 )  # fmt: skip
 """What to do, by what a reason says; the first that fits."""
