@@ -67,7 +67,9 @@ def release(model: nn.Module) -> None:
 
 def _called(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], str, FunctionType]]:
     """List the plain functions that a class calls by a name of its module, and theirs in turn."""
-    waiting = [one for one in vars(kind).values() if isinstance(one, FunctionType)]
+    inherited = [base for base in kind.__mro__ if base.__module__.partition(".")[0] != "torch"]
+    methods = [one for base in inherited for one in vars(base).values()]
+    waiting = [one for one in methods if isinstance(one, FunctionType)]
     seen = set(waiting)
     while waiting:
         caller = waiting.pop()

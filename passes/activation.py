@@ -145,7 +145,7 @@ class _Reader:
             return self._read_clamp(node, name)
         if name == "pow" and args[1] == 2:
             return apply("square", self.read(args[0]))
-        if name == "tensor" and isinstance(args[0], float):
+        if name == "tensor" and isinstance(args[0], float) and _is_floating(node):
             return constant(args[0])
         return self._leaf(node, "plain", _own_leaf(node))  # the product itself, or a stranger
 
@@ -213,6 +213,11 @@ def _whole_but_last(index: Any, source: Node) -> bool:
     *before, _ = cast(tuple[Any, ...], index)
     full = all(one is Ellipsis or one == slice(None) for one in before)
     return full and (Ellipsis in before or len(before) + 1 == source.meta["example_value"].dim())
+
+
+def _is_floating(node: Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.is_floating_point()
 
 
 def _width(node: Node) -> int:

@@ -57,6 +57,10 @@ class Places(nn.Module):
         return cut_off(index, 6).float() @ self.weight
 
 
+class Inherited(Places):
+    """Has no forward of its own."""
+
+
 class Strangers(nn.Module):
     """Calls everything that is not what it looks like."""
 
@@ -100,6 +104,12 @@ def graphs_of(model: nn.Module, backend: str, **options: Any) -> int:
 
 def test_our_backend_traces_it_in_one_graph(places: nn.Module) -> None:
     assert graphs_of(places, "moecc", inner="eager") == 1
+
+
+def test_a_forward_may_be_inherited() -> None:
+    model = Inherited()
+    assert graphs_of(model, "moecc", inner="eager") == 1
+    release(model)
 
 
 def test_other_backends_and_eager_calls_get_the_function_as_it_was(places: nn.Module) -> None:
