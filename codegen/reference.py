@@ -4,6 +4,8 @@ The definition that every emitter is tested against, and what runs where there i
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -37,8 +39,10 @@ def split_gate_up(rows: torch.Tensor, spec: GateUpLayout) -> dict[str, torch.Ten
     return {"gate": gate, "up": up}
 
 
-def experts_torch(
+def add_experts_torch(
     spec: KernelSpec,
+    onto: torch.Tensor,
+    slots: torch.Tensor | None,
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
@@ -47,44 +51,53 @@ def experts_torch(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Compute the block one active expert at a time; shapes as in `ExpertsFn`.
+) -> None:
+    """Add the block's output, one active expert at a time, ascending; shapes as in `ExpertsFn`.
 
-    Products run in the weights' dtype, the weighted sum over k in float32 or wider.
+    Products run in the weights' dtype, the weighted sum in that of `onto`. Expert `e` lies at
+    `slots[e]` of the weights, at `e` without slots.
     """
-    tokens, active = ids.shape
-    if spec.scheme is not None:
-        gate_up, down, up = _unpacked(spec, gate_up, down, up)
-    wide = torch.promote_types(spec.dtype, torch.float32)
-    terms = torch.zeros(tokens, active, hidden.shape[-1], dtype=wide, device=hidden.device)
     for expert in cast(list[int], ids.unique().tolist()):
-        if not 0 <= expert < spec.experts:
+        slot = expert if slots is None or not 0 <= expert < spec.experts else int(slots[expert])
+        if not 0 <= expert < spec.experts or slot < 0:
             continue
-        token, slot = torch.where(ids == expert)
-        first, second = gate_up[expert], down[expert]
-        if up is not None:
-            first = torch.cat([first, up[expert]], dim=1 if spec.transposed else 0)
-        if not spec.transposed:
-            first = first.T
-        if not spec.down_transposed:
-            second = second.T
-        rows = hidden[token].to(spec.dtype) @ first
+        token, choice = torch.where(ids == expert)
+        first, second, wide = (
+            None if one is None else one[slot : slot + 1] for one in (gate_up, down, up)
+        )
+        assert first is not None
+        assert second is not None
+        if spec.scheme is not None:
+            first, second, wide = _unpacked(spec, first, second, wide)
+        first = first[0] if wide is None else torch.cat([first[0], wide[0]], int(spec.transposed))
+        second = second[0] if spec.down_transposed else second[0].T
+        rows = hidden[token].to(spec.dtype) @ (first if spec.transposed else first.T)
         if gate_up_bias is not None:
             rows = rows + gate_up_bias[expert]
         out = evaluate(spec.activation, **split_gate_up(rows, spec)).to(spec.dtype) @ second
         if down_bias is not None:
             out = out + down_bias[expert]
-        terms[token, slot] = out.to(wide) * weights[token, slot, None].to(wide)
-    return terms.sum(dim=1).to(hidden.dtype)
+        onto.index_add_(0, token, out.to(onto.dtype) * weights[token, choice, None].to(onto.dtype))
+
+
+def experts_torch(
+    spec: KernelSpec, hidden: torch.Tensor, *inputs: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute the block as `ExpertsFn` says; the sum over k is float32 or wider."""
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    onto = hidden.new_zeros(hidden.shape, dtype=wide)
+    add: Callable[..., None] = add_experts_torch
+    add(spec, onto, None, hidden, *inputs)
+    return onto.to(hidden.dtype)
 
 
 def _unpacked(
     spec: KernelSpec, gate_up: torch.Tensor, down: torch.Tensor, up: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Give what packed weights stand for, in the model's dtype; all experts at once."""
+    """Give what packed weights stand for, in the model's dtype."""
     assert spec.scheme is not None
-    first = (spec.experts, spec.intermediate, spec.hidden)
-    second = (spec.experts, spec.hidden, spec.intermediate)
+    first = (len(gate_up), spec.intermediate, spec.hidden)
+    second = (len(down), spec.hidden, spec.intermediate)
     gate, low = (
         unpack_experts(packed, shape, spec.scheme).to(spec.dtype)
         for packed, shape in ((gate_up, first), (down, second))
@@ -95,18 +108,10 @@ def _unpacked(
 
 def emit(spec: KernelSpec) -> Kernel:
     """Bind the definition to a spec."""
-
-    def run(
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        gate_up_bias: torch.Tensor | None,
-        down_bias: torch.Tensor | None,
-        up: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        biases = (gate_up_bias, down_bias)
-        return experts_torch(spec, hidden, ids, weights, gate_up, down, *biases, up)
-
-    return Kernel(spec=spec, emitter="torch", run=run, source=inspect.getsource(experts_torch))
+    return Kernel(
+        spec=spec,
+        emitter="torch",
+        run=partial(experts_torch, spec),
+        add=partial(add_experts_torch, spec),
+        source=inspect.getsource(add_experts_torch),
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moecc.codegen.activation import Expr
-from moecc.runtime.ops import ExpertsFn
+from moecc.runtime.ops import AddExpertsFn, ExpertsFn
 from moecc.runtime.schemes.scheme import Scheme
 
 
@@ -68,6 +68,8 @@ class Kernel:
     emitter: str
     """`triton`, `native` or `torch`."""
     run: ExpertsFn
+    add: AddExpertsFn | None = None
+    """The same for some experts at a time; None where the emitter has no such kernel."""
     source: str
     """The emitted code as text, for `moecc passes --dump` and MOECC_DUMP."""
 

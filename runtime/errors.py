@@ -8,6 +8,7 @@
     │   └── NoCompiler     there is no C++ compiler that works
     ├── BuildError         a compiler refused emitted code
     ├── InputError         a kernel was called with tensors that do not fit its spec (a ValueError)
+    ├── StoreError         experts cannot be read from disk, or are not what was written
     ├── ModelError         MODEL on the command line cannot be loaded
     └── MissingExtra       an optional package is needed; says what to install (an ImportError)
 
@@ -46,6 +47,10 @@ class BuildError(MoeccError):
 
 class InputError(MoeccError, ValueError):
     """A kernel was called with tensors that do not fit its spec."""
+
+
+class StoreError(MoeccError):
+    """Experts cannot be read from where they are kept, or are not what was written there."""
 
 
 class ModelError(MoeccError):

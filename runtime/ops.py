@@ -35,6 +35,14 @@ ExpertsFn = Callable[
 ]
 """out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k]."""
 
+AddExpertsFn = Callable[..., None]
+"""Add what some experts give: `add(onto, slots, *arguments of ExpertsFn)`.
+
+onto [T, H] float32 is added to, and `slots` [E] int64 says at which index of the weight tensors
+each expert lies; one with a negative slot contributes nothing. Calls for ascending ranges of
+experts, starting from zeros, give the bits of one `ExpertsFn` call when cast to hidden's dtype.
+"""
+
 calls: Counter[str] = Counter()
 """How often each kernel ran in this process, compiled and eager roads together."""
 

@@ -14,7 +14,9 @@ one scale a block (`Scheme.block`), so that products are integer dot products.
 import ctypes
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,6 +66,8 @@ class _Layer(ctypes.Structure):
         ),
         ("out_float", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("onto", ctypes.c_int64),
     ]
 
 
@@ -77,40 +81,70 @@ def emit(spec: KernelSpec) -> Kernel:
     function = _load(source)
 
     def run(
+        hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *experts: Tensor
+    ) -> torch.Tensor:
+        same = hidden.dtype == spec.dtype
+        out = torch.empty(hidden.shape, dtype=spec.dtype if same else torch.float32)
+        _call(spec, function, (hidden, ids, weights), experts, out)
+        return out if same else out.to(hidden.dtype)
+
+    def add(
+        onto: torch.Tensor,
+        slots: torch.Tensor,
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        gate_up_bias: torch.Tensor | None,
-        down_bias: torch.Tensor | None,
-        up: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        _check_routing(spec, hidden, ids, weights)
-        _check_weights(spec, gate_up, down, gate_up_bias, down_bias, up)
-        biases = _flat(gate_up_bias), _flat(down_bias)
-        x = hidden.to(spec.dtype).contiguous()
-        ids = ids.to(torch.int64).contiguous()
-        weights = weights.to(torch.float32).contiguous()
-        same = hidden.dtype == spec.dtype
-        out = torch.empty(x.shape, dtype=spec.dtype if same else torch.float32)
-        layer = _Layer(
-            *map(_address, (x, ids, weights, gate_up, up, down, *biases, out)),
-            *ids.shape,
-            spec.hidden,
-            spec.intermediate,
-            spec.experts,
-            *_strides(spec, gate_up, spec.hidden),
-            *_strides(spec, gate_up if up is None else up, spec.hidden),
-            *_strides(spec, down, spec.intermediate),
-            out.dtype == torch.float32,
-            torch.get_num_threads(),
-        )
-        if function(ctypes.byref(layer)):
-            raise MemoryError(f"{tuple(ids.shape)} tokens and experts of {spec.key}")
-        return out if same else out.to(hidden.dtype)
+        *experts: Tensor,
+    ) -> None:
+        _check_slots(spec, onto, slots, hidden)
+        _call(spec, function, (hidden, ids, weights), experts, onto, slots)
 
-    return Kernel(spec=spec, emitter="native", run=run, source=source)
+    return Kernel(spec=spec, emitter="native", run=run, add=add, source=source)
+
+
+Tensor = torch.Tensor | None
+
+
+def _call(
+    spec: KernelSpec,
+    function: Callable[[Any], int],
+    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    experts: tuple[Tensor, ...],
+    out: torch.Tensor,
+    slots: Tensor = None,
+) -> None:
+    """Compute into `out`, or add to it what the experts in `slots` give.
+
+    Tensors are as `ExpertsFn` lists them; `up` may be left out.
+    """
+    gate_up, down, gate_up_bias, down_bias, up = (*experts, None)[:5]
+    _check_routing(spec, *tokens)
+    if gate_up is None or down is None:
+        raise InputError("gate_up and down are not both given")
+    held = spec.experts if slots is None else len(gate_up)
+    _check_weights(spec, held, gate_up, down, up)
+    _check_biases(spec, gate_up_bias, down_bias)
+    hidden, ids, weights = tokens
+    x = hidden.to(spec.dtype).contiguous()
+    ids = ids.to(torch.int64).contiguous()
+    weights = weights.to(torch.float32).contiguous()
+    biases = _flat(gate_up_bias), _flat(down_bias)
+    layer = _Layer(
+        *map(_address, (x, ids, weights, gate_up, up, down, *biases, out)),
+        *ids.shape,
+        spec.hidden,
+        spec.intermediate,
+        spec.experts,
+        *_strides(spec, gate_up, spec.hidden),
+        *_strides(spec, gate_up if up is None else up, spec.hidden),
+        *_strides(spec, down, spec.intermediate),
+        out.dtype == torch.float32,
+        torch.get_num_threads(),
+        _address(slots),
+        slots is not None,
+    )
+    if function(ctypes.byref(layer)):
+        raise MemoryError(f"{tuple(ids.shape)} tokens and experts of {spec.key}")
 
 
 def write(spec: KernelSpec) -> str:
@@ -197,22 +231,27 @@ def _check_routing(
             raise _misfit(name, tensor, "floating point")
 
 
-def _check_weights(
-    spec: KernelSpec,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    up: torch.Tensor | None,
+def _check_slots(
+    spec: KernelSpec, onto: torch.Tensor, slots: torch.Tensor, hidden: torch.Tensor
 ) -> None:
-    """Raise `InputError` unless the tensors of the layer are those that the spec says."""
-    experts, hidden, inner = spec.experts, spec.hidden, spec.intermediate
+    """Raise `InputError` unless a partial call knows where to add and where experts lie."""
+    if onto.shape != hidden.shape or onto.dtype != torch.float32 or not onto.is_contiguous():
+        raise _misfit("onto", onto, f"contiguous torch.float32 {[*hidden.shape]}")
+    if slots.shape != (spec.experts,) or slots.dtype != torch.int64 or not slots.is_contiguous():
+        raise _misfit("slots", slots, f"contiguous torch.int64 [{spec.experts}]")
+
+
+def _check_weights(
+    spec: KernelSpec, experts: int, gate_up: torch.Tensor, down: torch.Tensor, up: Tensor
+) -> None:
+    """Raise `InputError` unless tensors of so many experts are those that the spec says."""
+    hidden, inner = spec.hidden, spec.intermediate
     if spec.scheme is not None:
         _check_packed("gate_up", gate_up, spec.scheme, (experts, inner, hidden))
         _check_packed("down", down, spec.scheme, (experts, hidden, inner))
         if spec.split:
             _check_packed("up", up, spec.scheme, (experts, inner, hidden))
-        return _check_biases(spec, gate_up_bias, down_bias)
+        return
     first, second = (inner if spec.split else spec.rows, hidden), (hidden, inner)
     if spec.transposed:
         first = first[::-1]
@@ -224,7 +263,6 @@ def _check_weights(
         _check_weight("up", up, spec, (experts, *first), strided=True)
     elif up is not None:
         raise InputError("up was given to a kernel whose spec has gate and up in one tensor")
-    return _check_biases(spec, gate_up_bias, down_bias)
 
 
 def _check_biases(
@@ -240,7 +278,7 @@ def _check_biases(
 
 def _check_weight(
     name: str,
-    tensor: torch.Tensor | None,
+    tensor: Tensor,
     spec: KernelSpec,
     shape: tuple[int, ...],
     *,
@@ -266,7 +304,7 @@ def _check_packed(
     if tensor is None:
         raise InputError(f"{name} is missing; expected {expected}")
     fits = tensor.shape == (shape[0], packed_bytes(*shape[1:], scheme))
-    plain = tensor.dtype == torch.uint8 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    plain = tensor.dtype == torch.uint8 and tensor.device.type == "cpu" and tensor.stride(-1) == 1
     if not fits or not plain:
         raise _misfit(name, tensor, expected)
 

@@ -32,11 +32,14 @@ struct Layer {
   int64_t first_expert, first_row, up_expert, up_row, second_expert, second_row;
   int64_t out_float;
   int64_t threads;
+  const int64_t* slots;  // [E]: where each expert lies in first, up and second; none where negative
+  int64_t onto;          // add to what is in `out`, which is float
 };
 
 // The (token, slot) pairs of each active expert, experts ascending, tokens ascending.
 struct Routing {
   std::vector<int64_t> expert;  // of each active expert
+  std::vector<int64_t> slot;    // where its weights are
   std::vector<int64_t> begin;   // its first pair; one more entry at the end
   std::vector<int64_t> token;   // of each pair
   std::vector<float> weight;
@@ -44,12 +47,15 @@ struct Routing {
   explicit Routing(const Layer& layer) {
     std::vector<int64_t> fill(layer.E, 0);
     int64_t slots = layer.T * layer.K, pairs = 0;
-    auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(layer.E); };
+    auto valid = [&](int64_t id) {
+      return uint64_t(id) < uint64_t(layer.E) && (!layer.slots || layer.slots[id] >= 0);
+    };
     for (int64_t s = 0; s < slots; ++s)
       if (valid(layer.ids[s])) ++fill[layer.ids[s]];
     for (int64_t e = 0; e < layer.E; ++e) {
       if (!fill[e]) continue;
       expert.push_back(e);
+      slot.push_back(layer.slots ? layer.slots[e] : e);
       begin.push_back(pairs);
       pairs += std::exchange(fill[e], pairs);
     }
@@ -128,15 +134,15 @@ struct Run {
   // Where the weights of a task begin: what the task before it reads ahead.
   Rows<Stored> first_weights(int64_t task) const {
     int64_t row = task % panels * OUTPUTS * (GATED && INTERLEAVED ? 2 : 1);
-    const Stored* expert = layer.first + routing.expert[task / panels] * layer.first_expert;
+    const Stored* expert = layer.first + routing.slot[task / panels] * layer.first_expert;
     return First::at(expert, layer.first_row, row);
   }
   Rows<Stored> up_weights(int64_t task) const {
-    const Stored* expert = ups + routing.expert[task / panels] * layer.up_expert;
+    const Stored* expert = ups + routing.slot[task / panels] * layer.up_expert;
     return First::at(expert, layer.up_row, task % panels * OUTPUTS);
   }
   Rows<Stored> second_weights(int64_t task, int64_t active) const {
-    const Stored* expert = layer.second + routing.expert[active] * layer.second_expert;
+    const Stored* expert = layer.second + routing.slot[active] * layer.second_expert;
     return Second::at(expert, layer.second_row, task * Second::PANEL);
   }
 
@@ -179,7 +185,7 @@ struct Run {
     constexpr int width = Second::PANEL;
     int64_t from = task * width;
     int count = int(std::min<int64_t>(width, layer.H - from));
-    for (int64_t t = 0; t < layer.T; ++t)
+    for (int64_t t = 0; !layer.onto && t < layer.T; ++t)
       memset(sums + t * layer.H + from, 0, count * sizeof(float));
     for (int64_t a = 0; a < experts; ++a) {
       Rows<Stored> weights = second_weights(task, a);

@@ -1,0 +1,147 @@
+"""Lend a block's experts to its kernel, wherever they are.
+
+A block's top-k is one request: the experts that are there compute while the others arrive, in
+ascending order, so that the sum has the bits of a call with all experts in memory. When a call
+needs more experts than there are slots, as in prefill, it takes them in groups of half the slots,
+and reads one group while it computes the other; each expert is read once.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moecc.runtime.errors import InputError
+from moecc.runtime.offload.cache import Admission
+from moecc.runtime.offload.policy import Key
+from moecc.runtime.offload.pool import Pool
+from moecc.runtime.offload.store import Store
+from moecc.runtime.offload.trace import Request
+from moecc.runtime.ops import AddExpertsFn
+from moecc.runtime.schemes.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bank:
+    """The experts of one block: on disk, and in the slots of a pool."""
+
+    number: int
+    """Of the block, among those of its model, in the order of its layers."""
+    store: Store
+    pool: Pool
+    scheme: Scheme | None = None
+    """Of the matrices in the store; None are the model's own."""
+    shared: bool = False
+    """Other blocks use the pool too."""
+
+    def run(
+        self,
+        add: AddExpertsFn,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *biases: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute the block; `add` is its kernel, shapes are those of `ExpertsFn`.
+
+        Raises `StoreError` when an expert cannot be read; the next call is not affected.
+        """
+        wanted = self._experts(ids)
+        onto = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        with self.pool.lock:
+            room = self.pool.slots
+            size = room if len(wanted) <= room else max(1, room // 2)
+            groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+            double = len(groups) > 1 and 2 * size <= room
+            hits = late = 0
+            pinned: list[Admission] = []
+            try:
+                ahead = self._request(groups[0], pinned) if groups else []
+                for number in range(len(groups)):
+                    current = ahead
+                    hits += sum(one.hit for one in current)
+                    late += sum(one.hit and self.pool.is_late(one.key) for one in current)
+                    following = groups[number + 1] if number + 1 < len(groups) else []
+                    if double:
+                        ahead = self._request(following, pinned)
+                    self._add(add, current, onto, hidden, ids, weights, *biases)
+                    self._release(current, pinned)
+                    if not double:
+                        ahead = self._request(following, pinned)
+            finally:
+                self._release(list(pinned), pinned)
+            request = Request(
+                block=self.number, tokens=len(hidden), experts=tuple(wanted), hits=hits
+            )
+            self.pool.trace.add(request, late)
+        return onto.to(hidden.dtype)
+
+    def prefetch(self, experts: Sequence[int], distance: int, most: int) -> int:
+        """Start loading experts, likeliest first, that the block `distance` ahead may need.
+
+        Returns how many loads were started.
+        """
+        with self.pool.lock:
+            due = distance if self.shared else 1
+            return self.pool.predict(self.store, self._keys(experts), due, most)
+
+    def _request(self, experts: Sequence[int], pinned: list[Admission]) -> list[Admission]:
+        admitted = self.pool.request(self.store, self._keys(experts)) if experts else []
+        pinned += admitted
+        return admitted
+
+    def _release(self, admitted: list[Admission], pinned: list[Admission]) -> None:
+        self.pool.cache.release(one.key for one in admitted)
+        done = {one.key for one in admitted}
+        pinned[:] = [one for one in pinned if one.key not in done]
+
+    def _add(
+        self,
+        add: AddExpertsFn,
+        admitted: Sequence[Admission],
+        onto: torch.Tensor,
+        *tokens: torch.Tensor | None,
+    ) -> None:
+        """Add what a group gives: the experts that are there, up to the first that is not."""
+        *inputs, gate_up_bias, down_bias = tokens
+        tensors = self.pool.tensors
+        experts = (tensors["gate_up"], tensors["down"], gate_up_bias, down_bias, tensors.get("up"))
+        table = np.full(self.store.experts, -1, np.int64)
+        start = 0
+        while start < len(admitted):
+            if self.pool.is_late(admitted[start].key):
+                began = time.perf_counter()
+                self.pool.wait(admitted[start].key)
+                self.pool.trace.counts.wait_seconds += time.perf_counter() - began
+            end = start + 1
+            while end < len(admitted) and not self.pool.is_late(admitted[end].key):
+                end += 1
+            table.fill(-1)
+            for one in admitted[start:end]:
+                table[one.key[1]] = one.slot
+            add(onto, torch.from_numpy(table), *inputs, *experts)
+            start = end
+
+    def _keys(self, experts: Sequence[int]) -> list[Key]:
+        return [(self.number, expert) for expert in experts]
+
+    def _experts(self, ids: torch.Tensor) -> list[int]:
+        """List the experts that a call names, ascending."""
+        named: set[int] = set(ids.reshape(-1).tolist())
+        return sorted(expert for expert in named if 0 <= expert < self.store.experts)
+
+
+def smallest(store: Store, active: int) -> int:
+    """Give the bytes of slots that a block with top-`active` routing needs for one token."""
+    return active * store.layout.size
+
+
+def check_budget(slots: int, active: int, store: Store) -> None:
+    """Raise `InputError` if a token's experts do not fit."""
+    if slots < active:
+        raise InputError(
+            f"{slots} slots hold less than the {active} experts that a token of {store.name!r} "
+            f"needs; the smallest that works are {smallest(store, active):,} bytes for it"
+        )

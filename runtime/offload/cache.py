@@ -1,0 +1,138 @@
+"""Keep the table of which expert is in which slot: ids only, no tensors, no clocks.
+
+What happens depends on the order of calls alone, not on how fast reads are, so that replaying a
+trace gives exactly the hits and misses of the run (`moecc.runtime.offload.replay`).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from moecc.runtime.errors import InputError
+from moecc.runtime.offload.policy import Key, Policy, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """What became of one expert of a request."""
+
+    key: Key
+    slot: int
+    hit: bool
+    """It was there, or on its way; otherwise it has to be read into the slot."""
+    evicted: Key | None = None
+    """What had the slot before."""
+
+
+class Cache:
+    """Slots and the experts in them. Not thread-safe: its owner has the lock."""
+
+    def __init__(self, slots: int, policy: Policy) -> None:
+        self.slots = slots
+        self.step = 0
+        """Requests so far."""
+        self._policy = policy
+        self._slot: dict[Key, int] = {}
+        self._pins: Counter[Key] = Counter()
+        self._free = list(range(slots - 1, -1, -1))
+        self._usage = Usage()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._slot
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def slot(self, key: Key) -> int:
+        """Give the slot of a cached expert."""
+        return self._slot[key]
+
+    def request(self, keys: Sequence[Key]) -> list[Admission]:
+        """Admit experts that are about to be used, all at once, and pin them.
+
+        Raises `InputError` when they are more than slots that nobody uses; nothing changes then.
+        """
+        self.step += 1
+        missing = [key for key in keys if key not in self._slot]
+        room = self.slots - sum(1 for key in self._slot if self._pins[key] or key in set(keys))
+        if len(missing) > room:
+            raise InputError(
+                f"{len(missing)} experts have to come into {room} of {self.slots} slots; the cache "
+                "needs a slot for each expert of a token"
+            )
+        for key in keys:
+            self._pins[key] += 1  # before anything is evicted
+        admitted = [self._admit(key) for key in keys]
+        for key in keys:
+            self._usage.last[key] = self.step
+            self._usage.count[key] = self._usage.count.get(key, 0) + 1
+        return admitted
+
+    def release(self, keys: Iterable[Key]) -> None:
+        """Unpin experts that are no longer read."""
+        for key in keys:
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+
+    def predict(self, keys: Sequence[Key], due: int, most: int) -> list[Admission]:
+        """Admit experts that will likely be requested at step `due`; at most `most` new ones.
+
+        They take free slots and those of experts that score lower; none that is predicted for a
+        step before `due`.
+        """
+        admitted: list[Admission] = []
+        for key in keys:
+            self._usage.due[key] = due
+        for key in keys:
+            if key in self._slot or len(admitted) == most:
+                continue
+            victim = None if self._free else self._victim()
+            if not self._free and (victim is None or self._needed_before(victim, due)):
+                break
+            admitted.append(self._admit(key))
+            self._usage.last[key] = self.step
+        return admitted
+
+    def drop(self, key: Key) -> None:
+        """Forget an expert whose slot holds nothing good."""
+        slot = self._slot.pop(key)
+        self._forget(key)
+        if slot < self.slots:
+            self._free.append(slot)
+
+    def shrink(self, slots: int) -> list[Key]:
+        """Give up the slots from number `slots` on; return the experts that were in them.
+
+        Raises `InputError` if one of those is in use.
+        """
+        leaving = [key for key, slot in self._slot.items() if slot >= slots]
+        if any(self._pins[key] for key in leaving):
+            raise InputError("slots cannot be given up while their experts are in use")
+        self.slots = slots
+        for key in leaving:
+            self.drop(key)
+        self._free = [slot for slot in self._free if slot < slots]
+        return leaving
+
+    def _admit(self, key: Key) -> Admission:
+        if key in self._slot:
+            return Admission(key=key, slot=self._slot[key], hit=True)
+        evicted = None
+        if not self._free:
+            evicted = self._victim()
+            assert evicted is not None
+            self.drop(evicted)
+        self._slot[key] = slot = self._free.pop()
+        return Admission(key=key, slot=slot, hit=False, evicted=evicted)
+
+    def _victim(self) -> Key | None:
+        """Give the unpinned expert of lowest score."""
+        unused = (key for key in self._slot if not self._pins[key])
+        return min(unused, key=lambda key: self._policy(key, self._usage, self.step), default=None)
+
+    def _needed_before(self, key: Key, due: int) -> bool:
+        return self.step < self._usage.due.get(key, -1) <= due
+
+    def _forget(self, key: Key) -> None:
+        self._usage.count.pop(key, None)

@@ -1,0 +1,136 @@
+"""Say where the bytes of a block's experts are, and read them past the page cache.
+
+Direct I/O (`O_DIRECT`) keeps the cache of experts the only one: what the page cache would hold
+twice is memory that experts could have. Where a file system has no direct I/O, reads are ordinary.
+"""
+
+import errno
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from moecc.runtime.errors import StoreError
+from moecc.runtime.offload.record import PAGE, Layout, new_records, up_to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """Bytes of a file that belong at a place of a record."""
+
+    file: Path
+    offset: int
+    length: int
+    into: int
+    """Bytes from the beginning of the record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """The experts of one block on disk."""
+
+    name: str
+    """The block's path in the model, for messages."""
+    layout: Layout
+    reads: tuple[tuple[Read, ...], ...]
+    """What makes the record of each expert."""
+    checksums: tuple[int, ...] | None = None
+    """crc32 of each expert's record; None where the files have none."""
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return len(self.reads)
+
+    def check(self, expert: int, record: torch.Tensor) -> None:
+        """Raise `StoreError` if a record that was read is not the one that was written."""
+        if self.checksums is None:
+            return
+        found = zlib.crc32(memoryview(record.numpy()))
+        if found != self.checksums[expert]:
+            raise StoreError(
+                f"expert {expert} of {self.name!r} in {str(self.reads[expert][0].file)!r} has "
+                f"checksum {found:08x}, not {self.checksums[expert]:08x}: the file is damaged; "
+                "pack it again"
+            )
+
+
+@dataclass(slots=True)
+class Files:
+    """Open files, each once, shared by threads; a forked child opens its own."""
+
+    _open: dict[Path, tuple[int, bool]] = field(default_factory=dict[Path, tuple[int, bool]])
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _buffers: threading.local = field(default_factory=threading.local)
+
+    def read(self, read: Read, record: torch.Tensor, start: int, length: int) -> None:
+        """Fill part of a record, uint8 [size]: `length` bytes of a read from its byte `start`.
+
+        Raises `OSError` as the system does, and `EOFError` when the file ends before.
+        """
+        handle, direct = self._handle(read.file)
+        begin, into = read.offset + start, read.into + start
+        target = record[into : into + length]
+        if not direct:
+            return _fill(handle, memoryview(target.numpy()), begin)
+        first = begin // PAGE * PAGE
+        whole = up_to(begin + length, PAGE) - first
+        aligned = first == begin and whole == length and target.data_ptr() % PAGE == 0
+        if aligned:
+            return _fill(handle, memoryview(target.numpy()), begin)
+        buffer = self._buffer(whole)
+        _fill(handle, memoryview(buffer.numpy()), first, needed=begin + length - first)
+        target.copy_(buffer[begin - first : begin - first + length])
+        return None
+
+    def close(self) -> None:
+        """Close every file; a later read opens it again."""
+        with self._lock:
+            for handle, _ in self._open.values():
+                os.close(handle)
+            self._open.clear()
+
+    def _handle(self, file: Path) -> tuple[int, bool]:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = _open(file)
+            return self._open[file]
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        """Give this thread's page-aligned memory."""
+        held: torch.Tensor | None = getattr(self._buffers, "held", None)
+        if held is None or len(held) < size:
+            layout = Layout.of({"gate_up": ((size,), torch.uint8)})
+            held = self._buffers.held = new_records(1, layout)[1][0]
+        return held[:size]
+
+
+def _open(file: Path) -> tuple[int, bool]:
+    """Open for direct reads if the file system has them."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if direct:
+        try:
+            return os.open(file, os.O_RDONLY | os.O_CLOEXEC | direct), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(file, os.O_RDONLY | os.O_CLOEXEC), False
+
+
+def _fill(handle: int, memory: memoryview, offset: int, needed: int | None = None) -> None:
+    """Read until `needed` bytes, all by default, are there; a read may return fewer."""
+    done, needed = 0, len(memory) if needed is None else needed
+    while done < needed:
+        count = os.preadv(handle, [memory[done:]], offset + done)
+        if count == 0:
+            raise EOFError(f"the file ends at byte {offset + done}")
+        done += count
+
+
+def total(reads: Sequence[Read]) -> int:
+    """Add up the bytes of some reads."""
+    return sum(read.length for read in reads)

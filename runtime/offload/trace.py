@@ -1,0 +1,63 @@
+"""Record what was asked of the cache and what came of it, for reports, replays and plans."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One block's call: the experts that its tokens chose."""
+
+    block: int
+    tokens: int
+    """T."""
+    experts: tuple[int, ...]
+    """Unique, ascending."""
+    hits: int
+    """Of these, how many were in slots or on their way."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Sums over requests."""
+
+    requests: int = 0
+    experts: int = 0
+    """Asked for: each unique expert of a request once."""
+    hits: int = 0
+    """In a slot, or on their way to one."""
+    late: int = 0
+    """Of the hits, those that were still on their way."""
+    predicted: int = 0
+    """Loads that a prediction started."""
+    useful: int = 0
+    """Of those, the ones that were asked for before they left."""
+    wait_seconds: float = 0.0
+    """Time in which a block waited for experts."""
+
+    @property
+    def misses(self) -> int:
+        """Loads that somebody had to wait for from their beginning."""
+        return self.experts - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over experts asked for; 1 before the first."""
+        return self.hits / self.experts if self.experts else 1.0
+
+
+@dataclass(slots=True)
+class Trace:
+    """Counters, and every request while `recording`."""
+
+    counts: Counts = field(default_factory=Counts)
+    recording: bool = False
+    requests: list[Request] = field(default_factory=list[Request])
+
+    def add(self, request: Request, late: int) -> None:
+        """Count a request, and keep it if asked to."""
+        self.counts.requests += 1
+        self.counts.experts += len(request.experts)
+        self.counts.hits += request.hits
+        self.counts.late += late
+        if self.recording:
+            self.requests.append(request)
