@@ -1,11 +1,13 @@
 """Choose the emitter of a kernel: Triton on CUDA devices, native C++ on CPUs, torch elsewhere."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 from moecc.codegen import low_bit, reference
 from moecc.codegen.spec import Kernel, KernelSpec
+from moecc.runtime import ops
 from moecc.runtime.errors import BuildError, UnsupportedSpec
+from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Scheme
 
 PREFERRED: Mapping[str, str] = {"cuda": "triton", "cpu": "native"}
@@ -33,6 +35,24 @@ def choose(
     except (UnsupportedSpec, BuildError) as error:
         declined.append(f"{wanted} kernels declined, torch runs instead: {error}")
         return reference.emit(spec), tuple(declined)
+
+
+def install_kernel(kernel: Kernel, emitter: str = "auto") -> None:
+    """Make a kernel callable from graphs, also for experts that are not all in memory."""
+    ops.install(kernel.key, kernel.run, partial(_adder, kernel.spec, emitter))
+
+
+@cache
+def _adder(spec: KernelSpec, emitter: str, scheme: Scheme | None) -> AddExpertsFn:
+    """Give the kernel that adds a block's experts group by group.
+
+    Raises `UnsupportedSpec` when no emitter of the device has one.
+    """
+    kernel, declined = choose(spec, emitter)
+    if kernel.add is None:
+        why = "; ".join(declined) or f"{kernel.emitter} kernels read no experts from slots"
+        raise UnsupportedSpec(f"experts of {spec.key} cannot be left out of memory: {why}")
+    return kernel.add
 
 
 def _emitter(name: str) -> Callable[[KernelSpec], Kernel]:

@@ -8,17 +8,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moecc.loading import load
     from moecc.passes.options import Options
     from moecc.reporting import Report, report
     from moecc.runtime.errors import MoeccError
 
 __version__ = "0.1.0"
-__all__ = ["MoeccError", "Options", "Report", "report"]
+__all__ = ["MoeccError", "Options", "Report", "load", "report"]
 
 _HOMES = {
     "MoeccError": ("moecc.runtime.errors", "MoeccError"),
     "Options": ("moecc.passes.options", "Options"),
     "Report": ("moecc.reporting", "Report"),
+    "load": ("moecc.loading", "load"),
     "report": ("moecc.reporting", "report"),
 }
 

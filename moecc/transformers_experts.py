@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 
-from moecc.codegen.emit import choose
+from moecc.codegen.emit import choose, install_kernel
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.passes.activation import UnreadableActivation, read_activation
 from moecc.passes.options import Options
@@ -216,7 +216,6 @@ def _run_eager(
         road.own_calls += 1
         return own(module, *args, **kwargs)
     road.calls += 1
-    ops.calls[kernel.key] += 1
     return _run_kernel(kernel, module, *inputs)
 
 
@@ -226,13 +225,14 @@ def _run_kernel(
     first = "gate_up_proj" if module.has_gate else "up_proj"
     normed = getattr(module, "has_post_expert_norm", False)
     inputs = _one_row_a_choice(hidden, ids, weights) if normed else (hidden, ids, weights)
-    out = kernel.run(
+    out = ops.run_experts(
         *inputs,
         getattr(module, first),
         cast(torch.Tensor, module.down_proj),
         getattr(module, f"{first}_bias", None) if module.has_bias else None,
         getattr(module, "down_proj_bias", None) if module.has_bias else None,
         None,
+        kernel.key,
     )
     return _sum_normed(module, out, weights) if normed else out
 
@@ -284,6 +284,7 @@ def _choose(module: Any, road: Road) -> tuple[Kernel | None, str]:
         device=module.down_proj.device.type,
     )
     kernel, declined = choose(spec, road.options.kernels, road.scheme)
+    install_kernel(kernel, road.options.kernels)
     return kernel, "; ".join(declined)
 
 

@@ -23,13 +23,13 @@ import torch
 from torch.fx import Node
 
 from moecc.codegen import reference
+from moecc.codegen.emit import install_kernel
 from moecc.codegen.spec import KernelSpec
 from moecc.passes.build import Builder
 from moecc.passes.ir import MoeBlock, Outcome, Program
 from moecc.passes.options import Options
 from moecc.passes.pattern import mutates
 from moecc.passes.routes import build_routes, follow_route
-from moecc.runtime import ops
 
 
 def fuse_experts(program: Program, options: Options) -> Outcome:
@@ -79,7 +79,7 @@ def _fuse(
     """Put the call and what it needs before the block's last node, and take that node's place."""
     graph = program.gm.graph
     kernel = reference.emit(kernel_spec(block))
-    ops.install(kernel.key, kernel.run)
+    install_kernel(kernel, "torch")
     old = nodes[block.output]
     build = Builder(graph, old)
     tokens = _tokens(build, block, nodes)

@@ -12,11 +12,10 @@ declines is a miss with its reason, and the block keeps its dtype, or the torch 
 
 from dataclasses import replace
 
-from moecc.codegen.emit import choose
+from moecc.codegen.emit import choose, install_kernel
 from moecc.passes.fuse_experts import kernel_spec
 from moecc.passes.ir import Lowering, Miss, Outcome, Program
 from moecc.passes.options import Options
-from moecc.runtime import ops
 
 
 def lower(program: Program, options: Options) -> Outcome:
@@ -29,7 +28,7 @@ def lower(program: Program, options: Options) -> Outcome:
         node = nodes[block.output]
         kernel, declined = choose(kernel_spec(block), options.kernels, block.scheme)
         misses += [Miss(where=block.path, why=why, fallback=True) for why in declined]
-        ops.install(kernel.key, kernel.run)
+        install_kernel(kernel, options.kernels)
         rewrites += node.args[-1] != kernel.key
         node.update_arg(len(node.args) - 1, kernel.key)
         lowerings.append(Lowering(block=block.path, kernel=kernel.key, source=kernel.source))

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moecc.runtime import bank
 from moecc.runtime.errors import InputError
+from moecc.runtime.offload.stand_in import lender_of
+from moecc.runtime.schemes.scheme import Scheme
 
 ExpertsFn = Callable[
     [
@@ -43,19 +45,22 @@ each expert lies; one with a negative slot contributes nothing. Calls for ascend
 experts, starting from zeros, give the bits of one `ExpertsFn` call when cast to hidden's dtype.
 """
 
+AdderFor = Callable[[Scheme | None], AddExpertsFn]
+"""Give a kernel's `AddExpertsFn` for weights in a scheme, or as the model has them."""
+
 calls: Counter[str] = Counter()
 """How often each kernel ran in this process, compiled and eager roads together."""
 
-_kernels: dict[str, ExpertsFn] = {}
+_kernels: dict[str, tuple[ExpertsFn, AdderFor | None]] = {}
 _library = torch.library.Library("moecc", "DEF")
 
 
-def install(key: str, run: ExpertsFn) -> None:
+def install(key: str, run: ExpertsFn, adder_for: AdderFor | None = None) -> None:
     """Make a kernel callable from graphs under its key; equal keys mean equal kernels."""
-    _kernels[key] = run
+    _kernels[key] = run, adder_for
 
 
-def _experts(
+def run_experts(
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
@@ -66,13 +71,21 @@ def _experts(
     up: torch.Tensor | None,
     kernel: str,
 ) -> torch.Tensor:
-    run = _kernels.get(kernel)
-    if run is None:
+    """Run a block's experts with the kernel of this key; shapes are those of `ExpertsFn`."""
+    found = _kernels.get(kernel)
+    if found is None:
         raise InputError(
             f"kernel {kernel!r} is not installed in this process; "
             "graphs have to be compiled by moecc here before they run"
         )
     calls[kernel] += 1
+    run, adder_for = found
+    lender = lender_of(gate_up)
+    if lender is not None:
+        if adder_for is None:
+            raise InputError(f"kernel {kernel!r} reads no experts that are out of memory")
+        adder = adder_for(lender.scheme)
+        return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
     bank.refresh(gate_up)
     return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up)
 
@@ -169,7 +182,7 @@ def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., t
 _define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, str kernel) -> Tensor",
-    _experts,
+    run_experts,
     _fake_experts,
 )
 _define(

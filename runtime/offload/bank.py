@@ -9,6 +9,7 @@ and reads one group while it computes the other; each expert is read once.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class Bank:
 
     def _experts(self, ids: torch.Tensor) -> list[int]:
         """List the experts that a call names, ascending."""
-        named: set[int] = set(ids.reshape(-1).tolist())
+        named = set(cast(list[int], ids.reshape(-1).tolist()))
         return sorted(expert for expert in named if 0 <= expert < self.store.experts)
 
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ class Store:
         """Raise `StoreError` if a record that was read is not the one that was written."""
         if self.checksums is None:
             return
-        found = zlib.crc32(memoryview(record.numpy()))
+        found = zlib.crc32(bytes_of(record))
         if found != self.checksums[expert]:
             raise StoreError(
                 f"expert {expert} of {self.name!r} in {str(self.reads[expert][0].file)!r} has "
@@ -76,14 +77,14 @@ class Files:
         begin, into = read.offset + start, read.into + start
         target = record[into : into + length]
         if not direct:
-            return _fill(handle, memoryview(target.numpy()), begin)
+            return _fill(handle, bytes_of(target), begin)
         first = begin // PAGE * PAGE
         whole = up_to(begin + length, PAGE) - first
         aligned = first == begin and whole == length and target.data_ptr() % PAGE == 0
         if aligned:
-            return _fill(handle, memoryview(target.numpy()), begin)
+            return _fill(handle, bytes_of(target), begin)
         buffer = self._buffer(whole)
-        _fill(handle, memoryview(buffer.numpy()), first, needed=begin + length - first)
+        _fill(handle, bytes_of(buffer), first, needed=begin + length - first)
         target.copy_(buffer[begin - first : begin - first + length])
         return None
 
@@ -129,6 +130,12 @@ def _fill(handle: int, memory: memoryview, offset: int, needed: int | None = Non
         if count == 0:
             raise EOFError(f"the file ends at byte {offset + done}")
         done += count
+
+
+def bytes_of(memory: torch.Tensor) -> memoryview:
+    """See contiguous uint8 memory as a buffer to read into."""
+    array: Any = memory.numpy()
+    return memoryview(array)
 
 
 def total(reads: Sequence[Read]) -> int:

@@ -1,0 +1,121 @@
+"""Load a transformers model and leave its experts where they are.
+
+The model is made by `from_pretrained`, with a class of its own for that time: right after the
+modules are made, on the meta device, experts lose their matrices. transformers then neither reads
+nor initialises them, and everything else is loaded as always.
+"""
+
+import importlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecc.runtime.errors import MissingExtra, ModelError
+from moecc.runtime.modules import named_modules, parameters_of
+
+_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absent:
+    """The experts of one block, which the model was loaded without."""
+
+    path: str
+    """Of the module."""
+    module: nn.Module
+    names: tuple[str, str]
+    """Of its parameters: the first product's and the second's."""
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    """These as meta tensors: [E, rows, H] and [E, H, I], or input-major."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameters' full names."""
+        return tuple(f"{self.path}.{name}" for name in self.names)
+
+
+def load_without_experts(
+    folder: Path, dtype: torch.dtype | str
+) -> tuple[nn.Module, tuple[Absent, ...]]:
+    """Load everything but the matrices of experts, and say which are absent.
+
+    Raises `ModelError` when transformers cannot load the folder, `MissingExtra` without it.
+    """
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtra(
+            "moecc.load needs transformers: pip install moecc[transformers]"
+        ) from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = _model_class(transformers, config)
+        absent: list[Absent] = []
+        loader = _class_without_experts(kind, absent)
+        with _no_progress_bar(transformers):
+            model: Any = loader.from_pretrained(folder, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot load {str(folder)!r} with transformers: {reason}") from error
+    model.__class__ = kind
+    return model, tuple(absent)
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    """Give the class that a checkpoint was saved from."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    known = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        return known[type(config)]
+    raise ModelError(f"transformers has no class for architectures {config.architectures}")
+
+
+def _class_without_experts(kind: Any, absent: list[Absent]) -> Any:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        absent[:] = _take_out(self)
+
+    ignored = [*(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()), r"\bexperts\."]
+    body = {
+        "__init__": init,
+        "__module__": kind.__module__,
+        "_keys_to_ignore_on_load_unexpected": ignored,
+    }
+    return type(kind.__name__, (kind,), body)
+
+
+def _take_out(model: nn.Module) -> Sequence[Absent]:
+    found: list[Absent] = []
+    for path, module in named_modules(model):
+        if not all(hasattr(module, name) for name in _ATTRIBUTES):
+            continue
+        names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+        own = parameters_of(module)
+        taken = [own.get(name) for name in names]
+        if not all(one is not None and one.dim() == 3 for one in taken):
+            continue  # quantized in a way of its own
+        for name in names:
+            del own[name]
+        module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+        first, second = (one.data for one in taken if one is not None)
+        found.append(Absent(path=path, module=module, names=names, tensors=(first, second)))
+    return found
+
+
+@contextmanager
+def _no_progress_bar(transformers: Any):
+    logging = transformers.utils.logging
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
