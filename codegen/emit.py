@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 
+import torch
+
 from moecc.codegen import low_bit, reference
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime import ops
@@ -44,15 +46,37 @@ def install_kernel(kernel: Kernel, emitter: str = "auto") -> None:
 
 @cache
 def _adder(spec: KernelSpec, emitter: str, scheme: Scheme | None) -> AddExpertsFn:
-    """Give the kernel that adds a block's experts group by group.
+    """Give the kernel that adds a block's experts group by group, packed if in a scheme.
 
     Raises `UnsupportedSpec` when no emitter of the device has one.
     """
-    kernel, declined = choose(spec, emitter)
+    wanted = PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
+    if scheme is None:
+        kernel, declined = choose(spec, emitter)
+    else:
+        kernel, declined = _packed_kernel(spec, scheme, wanted)
     if kernel.add is None:
         why = "; ".join(declined) or f"{kernel.emitter} kernels read no experts from slots"
         raise UnsupportedSpec(f"experts of {spec.key} cannot be left out of memory: {why}")
-    return kernel.add
+    if scheme is None or not (spec.bias and spec.interleaved):
+        return kernel.add
+    return partial(_add_with_ordered_bias, kernel.add, spec)
+
+
+def _packed_kernel(
+    spec: KernelSpec, scheme: Scheme, emitter: str
+) -> tuple[Kernel, tuple[str, ...]]:
+    try:
+        return low_bit.packed_kernel(spec, scheme, emitter), ()
+    except (UnsupportedSpec, BuildError) as error:
+        return low_bit.packed_kernel(spec, scheme, "torch"), (str(error),)
+
+
+def _add_with_ordered_bias(
+    add: AddExpertsFn, spec: KernelSpec, *arguments: torch.Tensor | None
+) -> None:
+    *before, bias, down_bias, up = arguments
+    add(*before, low_bit.packed_bias(spec, bias), down_bias, up)
 
 
 def _emitter(name: str) -> Callable[[KernelSpec], Kernel]:

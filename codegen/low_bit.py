@@ -20,8 +20,8 @@ Tensors = Sequence[torch.Tensor | None]
 """gate_up, down, gate_up_bias, down_bias and up, as in `ExpertsFn`."""
 
 
-def emit(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
-    """Make the kernel that computes `spec` in a scheme.
+def packed_kernel(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
+    """Make the kernel that computes `spec` on packed weights (`packed_tensors`).
 
     Raises `UnsupportedSpec` when the emitter has none, and what the emitter raises.
     """
@@ -34,10 +34,17 @@ def emit(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
     if emitter == "native":
         from moecc.codegen.native.emit import emit as emit_native
 
-        kernel = emit_native(packed)
-    else:
-        kernel = reference.emit(packed)
-    copies = Copies(lambda tensors: _packed(spec, scheme, tensors))
+        return emit_native(packed)
+    return reference.emit(packed)
+
+
+def emit(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
+    """Make the kernel that computes `spec` in a scheme, on copies of full weights.
+
+    Raises what `packed_kernel` does.
+    """
+    kernel = packed_kernel(spec, scheme, emitter)
+    copies = Copies(lambda tensors: packed_tensors(spec, scheme, tensors))
 
     def run(
         hidden: torch.Tensor,
@@ -55,7 +62,7 @@ def emit(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
     return Kernel(spec=spec, emitter=f"{kernel.emitter} {scheme}", run=run, source=kernel.source)
 
 
-def _packed(
+def packed_tensors(
     spec: KernelSpec, scheme: Scheme, tensors: Tensors
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
@@ -66,9 +73,9 @@ def _packed(
     assert down is not None
     with torch.no_grad():
         first = gate_up.mT if spec.transposed else gate_up
+        bias = packed_bias(spec, bias)
         if spec.gated and not spec.split:
             first, up = _halves(spec, first)
-            bias = None if bias is None else torch.cat(_halves(spec, bias), dim=1)
         elif up is not None and spec.transposed:
             up = up.mT
         second = down.mT if spec.down_transposed else down
@@ -79,6 +86,11 @@ def _packed(
             down_bias,
             None if up is None else pack_experts(up, scheme),
         )
+
+
+def packed_bias(spec: KernelSpec, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Order the first product's bias [E, rows] as packed kernels do: gates, then ups."""
+    return torch.cat(_halves(spec, bias), dim=1) if spec.interleaved and bias is not None else bias
 
 
 def _halves(spec: KernelSpec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

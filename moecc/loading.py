@@ -1,6 +1,8 @@
 """Load a model whose experts do not fit in memory: `moecc.load`."""
 
+import hashlib
 import importlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,29 +10,48 @@ from typing import Any
 import torch
 from torch import nn
 
+from moecc.checkpoint.direct import find_store
 from moecc.checkpoint.files import shards
-from moecc.checkpoint.pieces import Piece
-from moecc.checkpoint.sources import find_parameters
-from moecc.checkpoint.without_experts import Absent, load_without_experts
+from moecc.checkpoint.fingerprint import fingerprint
+from moecc.checkpoint.pack import Progress, check_source, pack
+from moecc.checkpoint.packed import is_packed, open_store, read_manifest, scheme_of
+from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
+from moecc.checkpoint.without_experts import Absent, load_model
+from moecc.codegen.native.build import cache_folder
 from moecc.passes.options import Options
-from moecc.runtime.errors import ModelError, StoreError
+from moecc.runtime.errors import ModelError, OptionError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand, share_slots
 from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
-from moecc.runtime.offload.record import Layout
-from moecc.runtime.offload.stand_in import put_in
-from moecc.runtime.offload.store import Read, Store
+from moecc.runtime.offload.record import new_records
+from moecc.runtime.offload.resident import Resident
+from moecc.runtime.offload.stand_in import Lender, put_in
+from moecc.runtime.offload.store import Store
+from moecc.runtime.schemes.scheme import SCHEMES, Scheme
+
+_log = logging.getLogger("moecc.load")
 
 
-def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> nn.Module:
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    progress: Progress | None = None,
+    **options: Any,
+) -> nn.Module:
     """Load a transformers model, its experts through a cache when `expert_memory` says so.
 
-    `name` is a checkpoint folder in safetensors, or a hub id; `options` are those of
-    `torch.compile(model, backend="moecc", options=...)`. With `expert_memory`, experts are read
-    from the checkpoint's own files when a token needs them, and no more than that many bytes of
-    them are in memory. The model computes with moecc's kernels at once; compile it for the rest:
+    `name` is a checkpoint folder in safetensors, a hub id, or a folder that `moecc pack` wrote;
+    `options` are those of `torch.compile(model, backend="moecc", options=...)`.
+
+    With `expert_memory`, experts are read from disk when a token needs them, and no more than that
+    many bytes of them are in memory. With `quantize`, they are packed one by one, so that full
+    experts are never all in memory; with both, into a packed store beside moecc's other caches,
+    once. `progress` is called meanwhile with the bytes done and all of them.
+
+    The model computes with moecc's kernels at once; compile it for the rest:
 
         model = moecc.load("org/name", expert_memory="8GiB")
         model.forward = torch.compile(model.forward, backend="moecc")
@@ -39,13 +60,16 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any)
     when there is no such model, `StoreError` when its files are damaged.
     """
     chosen = Options.parse(options)
+    if isinstance(chosen.quantize, dict):
+        raise OptionError("moecc.load takes one scheme for all blocks")
     folder = _folder(str(name))
-    model, absent = load_without_experts(folder, dtype)
-    if not absent:
-        raise ModelError(f"{str(name)!r} has no experts that moecc can leave on disk")
-    stores = find_stores(model, absent, folder)
-    for one, bank in zip(absent, _banks(model, stores, chosen), strict=True):
-        put_in(one.module, list(one.names), list(one.tensors), bank)
+    scheme = None if chosen.quantize is None else SCHEMES[str(chosen.quantize)]
+    if is_packed(folder):
+        model, absent, lenders = _load_packed(folder, scheme, dtype, chosen)
+    else:
+        model, absent, lenders = _load_checkpoint(folder, scheme, dtype, chosen, progress)
+    for one, lender in zip(absent, lenders, strict=True):
+        put_in(one.module, list(one.names), list(one.tensors), lender)
     from moecc import backend, capture
 
     assert backend.moecc  # importing it installs the hooks
@@ -53,55 +77,82 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any)
     return model.eval()
 
 
-def find_stores(model: nn.Module, absent: Sequence[Absent], folder: Path) -> list[Store]:
-    """Say where the experts of every block are in the checkpoint's own files.
+_Loaded = tuple[nn.Module, Sequence[Absent], Sequence[Lender]]
 
-    Raises `StoreError` for a checkpoint that would have to be converted first.
+
+def _load_packed(
+    folder: Path, scheme: Scheme | None, dtype: torch.dtype | str, options: Options
+) -> _Loaded:
+    """Load what `moecc pack` wrote."""
+    manifest = read_manifest(folder)
+    check_source(manifest)
+    packed = scheme_of(manifest)
+    if scheme not in (None, packed):
+        raise OptionError(
+            f"{str(folder)!r} is packed as {packed or manifest.dtype}, not as {scheme}; leave "
+            "quantize out, or pack the model again"
+        )
+    wanted = getattr(torch, manifest.dtype)
+    if dtype not in ("auto", manifest.dtype, wanted):
+        raise OptionError(f"{str(folder)!r} is packed for {wanted}, not for {dtype}")
+    model, absent = load_model(folder, wanted)
+    blocks = {block.path: block for block in manifest.blocks}
+    if blocks.keys() != {one.path for one in absent}:
+        raise ModelError(f"{str(folder)!r} has experts of {sorted(blocks)}, which is not its model")
+    stores = [open_store(folder, blocks[one.path]) for one in absent]
+    return model, absent, make_banks(model, stores, packed, options)
+
+
+def _load_checkpoint(
+    folder: Path,
+    scheme: Scheme | None,
+    dtype: torch.dtype | str,
+    options: Options,
+    progress: Progress | None,
+) -> _Loaded:
+    """Load a checkpoint as it came."""
+    whole = options.expert_memory is None and scheme is None
+    model, absent = load_model(folder, dtype, with_experts=whole)
+    if whole:
+        return model, (), ()
+    if not absent:
+        raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
+    recipes = find_recipes(model, absent, folder, scheme)
+    if options.expert_memory is None:
+        return model, absent, _packed_in_memory(recipes, progress)
+    stores = [find_store(recipe) for recipe in recipes]
+    direct = [store for store in stores if store is not None]
+    if len(direct) == len(stores):
+        return model, absent, make_banks(model, direct, None, options)
+    target = _own_store(folder, scheme, recipes[0].dtype)
+    _log.info("packing %s into %s", folder, target)
+    pack(folder, target, None if scheme is None else str(scheme), recipes[0].dtype, progress)
+    return _load_packed(target, scheme, "auto", options)
+
+
+def _packed_in_memory(recipes: Sequence[Recipe], progress: Progress | None) -> list[Resident]:
+    total = sum(recipe.experts * recipe.layout.size for recipe in recipes)
+    done = 0
+    lenders: list[Resident] = []
+    for recipe in recipes:
+        _, records = new_records(recipe.experts, recipe.layout)
+        for expert in range(recipe.experts):
+            records[expert] = make_record(recipe, expert)
+            done += recipe.layout.size
+            if progress is not None:
+                progress(done, total)
+        tensors = recipe.layout.tensors(records)
+        lenders.append(Resident(scheme=recipe.scheme, tensors=tensors))
+    return lenders
+
+
+def make_banks(
+    model: nn.Module, stores: Sequence[Store], scheme: Scheme | None, options: Options
+) -> list[Bank]:
+    """Give every block its share of the budget, and a bank.
+
+    Raises `OptionError` when the budget is below one token's demand.
     """
-    wanted = {
-        name: tensor.shape
-        for one in absent
-        for name, tensor in zip(one.parameters, one.tensors, strict=True)
-    }
-    pieces = find_parameters(model, wanted, shards(folder))
-    return [_store(one, [pieces[name] for name in one.parameters]) for one in absent]
-
-
-def _store(absent: Absent, pieces: Sequence[Piece]) -> Store:
-    first, second = absent.tensors
-    layout = Layout.of(
-        {
-            "gate_up": (tuple(first.shape[1:]), first.dtype),
-            "down": (tuple(second.shape[1:]), second.dtype),
-        }
-    )
-    reads = tuple(
-        tuple(
-            read
-            for part, piece, name in zip(layout.parts, pieces, absent.parameters, strict=True)
-            for read in _reads(piece.select(expert), part.offset, part.dtype, name)
-        )
-        for expert in range(first.shape[0])
-    )
-    return Store(name=absent.path, layout=layout, reads=reads)
-
-
-def _reads(piece: Piece, into: int, dtype: torch.dtype, name: str) -> list[Read]:
-    tensors = piece.copies()
-    if tensors is None or piece.dtype != dtype:
-        raise StoreError(
-            f"parameter {name!r} is not stored as the model reads it ({piece.kind} of "
-            f"{piece.dtype}, not a copy of {dtype}), so its experts cannot be read from there; "
-            "convert it once with moecc pack"
-        )
-    reads: list[Read] = []
-    for tensor in tensors:
-        reads.append(Read(file=tensor.file, offset=tensor.offset, length=tensor.size, into=into))
-        into += tensor.size
-    return reads
-
-
-def _banks(model: nn.Module, stores: Sequence[Store], options: Options) -> list[Bank]:
     active = _active(model)
     demands = [
         Demand(name=store.name, experts=store.experts, active=active, size=store.layout.size)
@@ -110,11 +161,15 @@ def _banks(model: nn.Module, stores: Sequence[Store], options: Options) -> list[
     memory = 1.0 if options.expert_memory is None else options.expert_memory
     policy = POLICIES["lru" if options.policy == "auto" else options.policy]
     link = Link()
+    slots = share_slots(demands, memory)
     return [
-        Bank(number=number, store=store, pool=Pool(store.layout, slots, policy, link))
-        for number, (store, slots) in enumerate(
-            zip(stores, share_slots(demands, memory), strict=True)
+        Bank(
+            number=number,
+            store=store,
+            pool=Pool(store.layout, slots[number], policy, link),
+            scheme=scheme,
         )
+        for number, store in enumerate(stores)
     ]
 
 
@@ -130,6 +185,13 @@ def _active(model: nn.Module) -> int:
             if isinstance(value, int):
                 return value
     return 1
+
+
+def _own_store(folder: Path, scheme: Scheme | None, dtype: torch.dtype) -> Path:
+    """Say where the packed copy of a checkpoint goes."""
+    files = "".join(fingerprint(file) for file in shards(folder))
+    digest = hashlib.sha256(f"{files} {scheme} {dtype}".encode()).hexdigest()
+    return cache_folder() / "packed" / digest[:24]
 
 
 def _folder(name: str) -> Path:

@@ -262,30 +262,38 @@ def _kernel(module: Any, road: Road) -> Kernel | None:
 
 
 def _choose(module: Any, road: Road) -> tuple[Kernel | None, str]:
-    rows = (module.gate_up_proj if module.has_gate else module.up_proj).shape
-    first = rows[2] if module.is_transposed else rows[1]
+    first = module.gate_up_proj if module.has_gate else module.up_proj
     try:
-        activation = read_activation(_trace(module, first))
+        spec = experts_spec(module, first, module.down_proj)
     except UnreadableActivation as error:
         return None, f"the activation is not one that kernels compute: {error}"
-    experts, *sizes = module.down_proj.shape
-    inner, outer = sizes if module.is_transposed else sizes[::-1]
-    spec = KernelSpec(
-        hidden=outer,
-        intermediate=inner,
-        experts=experts,
-        dtype=module.down_proj.dtype,
-        activation=activation.expr,
-        gated=activation.gated,
-        interleaved=activation.interleaved,
-        transposed=bool(module.is_transposed),
-        down_transposed=bool(module.is_transposed),
-        bias=bool(module.has_bias),
-        device=module.down_proj.device.type,
-    )
     kernel, declined = choose(spec, road.options.kernels, road.scheme)
     install_kernel(kernel, road.options.kernels)
     return kernel, "; ".join(declined)
+
+
+def experts_spec(module: Any, first: torch.Tensor, second: torch.Tensor) -> KernelSpec:
+    """Say what kernel a transformers experts module with these weights needs.
+
+    Raises `UnreadableActivation` when its activation is not one that kernels compute.
+    """
+    turned = bool(module.is_transposed)
+    activation = read_activation(_trace(module, first.shape[2] if turned else first.shape[1]))
+    experts, *sizes = second.shape
+    inner, outer = sizes if turned else sizes[::-1]
+    return KernelSpec(
+        hidden=outer,
+        intermediate=inner,
+        experts=experts,
+        dtype=second.dtype,
+        activation=activation.expr,
+        gated=activation.gated,
+        interleaved=activation.interleaved,
+        transposed=turned,
+        down_transposed=turned,
+        bias=bool(module.has_bias),
+        device="cpu" if second.is_meta else second.device.type,
+    )
 
 
 class _Between(nn.Module):

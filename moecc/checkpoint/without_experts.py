@@ -6,7 +6,7 @@ nor initialises them, and everything else is loaded as always.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,31 +39,66 @@ class Absent:
         return tuple(f"{self.path}.{name}" for name in self.names)
 
 
-def load_without_experts(
-    folder: Path, dtype: torch.dtype | str
+def load_model(
+    folder: Path, dtype: torch.dtype | str, *, with_experts: bool = False
 ) -> tuple[nn.Module, tuple[Absent, ...]]:
     """Load everything but the matrices of experts, and say which are absent.
 
     Raises `ModelError` when transformers cannot load the folder, `MissingExtra` without it.
     """
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingExtra(
-            "moecc.load needs transformers: pip install moecc[transformers]"
-        ) from error
-    try:
+    transformers = _transformers()
+    absent: list[Absent] = []
+    with _naming(folder):
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = _model_class(transformers, config)
-        absent: list[Absent] = []
-        loader = _class_without_experts(kind, absent)
+        loader = kind if with_experts else _class_without_experts(kind, absent)
         with _no_progress_bar(transformers):
             model: Any = loader.from_pretrained(folder, config=config, dtype=dtype)
+    model.__class__ = kind
+    return model, tuple(absent)
+
+
+def make_skeleton(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, tuple[Absent, ...]]:
+    """Make a folder's model without any weights, on the meta device.
+
+    Raises what `load_model` does, and `ModelError` when there are no experts.
+    """
+    transformers = _transformers()
+    with _naming(folder):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = _model_class(transformers, config)
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        wanted = wanted or getattr(config, "dtype", None) or torch.get_default_dtype()
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(wanted)
+            with torch.device("meta"):
+                model = kind(config)
+        finally:
+            torch.set_default_dtype(before)
+    absent = tuple(_take_out(model))
+    if not absent:
+        raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
+    return model, absent
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtra(
+            "checkpoints need transformers: pip install moecc[transformers]"
+        ) from error
+
+
+@contextmanager
+def _naming(folder: Path) -> Generator[None]:
+    """Say which folder it was that transformers could not make a model of."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot load {str(folder)!r} with transformers: {reason}") from error
-    model.__class__ = kind
-    return model, tuple(absent)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
@@ -110,7 +145,7 @@ def _take_out(model: nn.Module) -> Sequence[Absent]:
 
 
 @contextmanager
-def _no_progress_bar(transformers: Any):
+def _no_progress_bar(transformers: Any) -> Generator[None]:
     logging = transformers.utils.logging
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,0 +1,181 @@
+"""Write a packed store: `moecc pack`.
+
+Experts are read from the checkpoint, converted and written one by one, so that memory holds a few
+of them at any time. A shard is written beside its final name and renamed when it is on disk;
+killed at any point, the next run goes on behind the last complete shard and gives the same bytes.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from moecc import __version__
+from moecc.checkpoint.files import Tensor, read_headers, shards
+from moecc.checkpoint.fingerprint import fingerprint
+from moecc.checkpoint.packed import (
+    MANIFEST,
+    Manifest,
+    PackedBlock,
+    Source,
+    is_packed,
+    read_manifest,
+    shard_header,
+)
+from moecc.checkpoint.pieces import Piece, Stored
+from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
+from moecc.checkpoint.without_experts import make_skeleton
+from moecc.checkpoint.writing import flush, write_tensors, write_text, write_whole
+from moecc.runtime.errors import StoreError
+from moecc.runtime.offload.store import bytes_of
+from moecc.runtime.schemes.scheme import SCHEMES
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far, and all of them."""
+
+_UNFINISHED = "packing.json"
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+_NOT_COPIED = ("model.safetensors.index.json", MANIFEST, _UNFINISHED)
+
+
+def pack(
+    source: Path,
+    folder: Path,
+    quantize: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    progress: Progress | None = None,
+    name: str = "",
+) -> Manifest:
+    """Pack the checkpoint in `source` into `folder`; go on where an earlier run was stopped.
+
+    `quantize` is the name of a scheme, None keeps weights as they are. `name` is what the manifest
+    calls the source, its path by default. Raises `StoreError` for damaged or odd checkpoints, for
+    weights that are not finite, and when `folder` holds something else.
+    """
+    scheme = None if quantize is None else SCHEMES[quantize]
+    model, absent = make_skeleton(source, dtype)
+    recipes = find_recipes(model, absent, source, scheme)
+    files = shards(source)
+    manifest = Manifest(
+        scheme=None if scheme is None else str(scheme),
+        dtype=str(recipes[0].dtype).removeprefix("torch."),
+        source=name or str(source.resolve()),
+        files=tuple(_source(file) for file in files),
+        blocks=tuple(
+            PackedBlock(
+                path=recipe.path,
+                file=f"experts-{number:05}.safetensors",
+                layout=recipe.layout,
+                experts=recipe.experts,
+            )
+            for number, recipe in enumerate(recipes)
+        ),
+    )
+    if is_packed(folder) and read_manifest(folder) == manifest:
+        return manifest
+    _begin(folder, manifest)
+    rest = _rest(files, [piece for recipe in recipes for piece in recipe.pieces])
+    total = sum(recipe.experts * recipe.layout.size for recipe in recipes)
+    total += sum(tensor.size for tensor in rest.values())
+    _check_room(folder, total)
+    done = 0
+    for recipe, block in zip(recipes, manifest.blocks, strict=True):
+        target, show = folder / block.file, partial(_show, progress, done, total)
+        if not target.is_file():
+            write_whole(target, partial(_write_shard, recipe, show))
+        done += recipe.experts * recipe.layout.size
+    if not (folder / "model.safetensors").is_file():
+        write_whole(folder / "model.safetensors", partial(write_tensors, rest))
+    for pattern in _COPIED:
+        for file in sorted(source.glob(pattern)):
+            if file.name not in _NOT_COPIED:
+                shutil.copyfile(file, folder / file.name)
+    write_text(folder / MANIFEST, manifest.to_json())
+    (folder / _UNFINISHED).unlink(missing_ok=True)
+    _show(progress, total, total, 0)
+    return manifest
+
+
+def _show(progress: Progress | None, before: int, total: int, count: int) -> None:
+    if progress is not None:
+        progress(before + count, total)
+
+
+def _write_shard(recipe: Recipe, show: Callable[[int], None], part: Path) -> None:
+    """Write records, then the header with their checksums in front of them."""
+    length = recipe.layout.size
+    checksums = [0] * recipe.experts
+    start = len(shard_header(recipe.path, recipe.experts, length, checksums))
+    with part.open("wb") as opened:
+        opened.seek(start)
+        for expert in range(recipe.experts):
+            data = bytes_of(make_record(recipe, expert))
+            checksums[expert] = zlib.crc32(data)
+            opened.write(data)
+            show((expert + 1) * length)
+        opened.seek(0)
+        opened.write(shard_header(recipe.path, recipe.experts, length, checksums))
+        flush(opened)
+
+
+def _rest(files: Sequence[Path], pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    """List the tensors of a checkpoint that no expert is made of."""
+    taken = {(one.file, one.offset) for piece in pieces for one in _leaves(piece)}
+    every = read_headers(files)
+    return {name: one for name, one in every.items() if (one.file, one.offset) not in taken}
+
+
+def _leaves(piece: Piece) -> Iterator[Tensor]:
+    if isinstance(piece, Stored):
+        yield piece.tensor
+    for part in piece.parts:
+        yield from _leaves(part)
+
+
+def _begin(folder: Path, manifest: Manifest) -> None:
+    """Make the folder, or check that it holds the beginning of the same store.
+
+    Raises `StoreError` when it does not.
+    """
+    unfinished = folder / _UNFINISHED
+    settings = json.dumps({"version": __version__, "manifest": manifest.to_json()})
+    if unfinished.is_file() and unfinished.read_text() == settings:
+        for part in folder.glob("*.part"):
+            part.unlink()
+        return
+    if folder.exists() and any(file.suffix != ".part" for file in folder.iterdir()):
+        what = "another store" if unfinished.is_file() or is_packed(folder) else "other files"
+        raise StoreError(
+            f"{str(folder)!r} holds {what}; choose an empty folder, or delete it to pack again"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(unfinished, settings)
+
+
+def _source(file: Path) -> Source:
+    return Source(name=file.name, size=file.stat().st_size, fingerprint=fingerprint(file))
+
+
+def check_source(manifest: Manifest) -> None:
+    """Raise `StoreError` if the checkpoint that was packed is still there and has changed."""
+    folder = Path(manifest.source)
+    for one in manifest.files:
+        file = folder / one.name
+        if file.is_file() and _source(file) != one:
+            raise StoreError(
+                f"{str(file)!r} has changed since it was packed; pack it again, or move it away to "
+                "keep what was packed"
+            )
+
+
+def _check_room(folder: Path, total: int) -> None:
+    written = sum(file.stat().st_size for file in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if free < total - written:
+        raise StoreError(
+            f"{str(folder)!r} needs {total - written:,} bytes more and the disk has {free:,} free"
+        )

@@ -1,0 +1,116 @@
+"""Make the record of one expert out of a checkpoint, in the model's layout or in a scheme."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moecc.checkpoint.files import shards
+from moecc.checkpoint.pieces import Piece
+from moecc.checkpoint.sources import find_parameters, read_tensor
+from moecc.checkpoint.without_experts import Absent
+from moecc.codegen.low_bit import packed_tensors
+from moecc.codegen.spec import KernelSpec
+from moecc.passes.activation import UnreadableActivation
+from moecc.runtime.errors import InputError, ModelError, MoeccError, StoreError
+from moecc.runtime.offload.record import Layout
+from moecc.runtime.schemes.packing import packed_bytes
+from moecc.runtime.schemes.scheme import Scheme
+from moecc.transformers_experts import experts_spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How the records of one block are made."""
+
+    path: str
+    """Of the module."""
+    experts: int
+    layout: Layout
+    pieces: tuple[Piece, Piece]
+    """The first product's weights and the second's, as the checkpoint has them."""
+    dtype: torch.dtype
+    """Of the model."""
+    scheme: Scheme | None
+    spec: KernelSpec | None
+    """Of the block's kernel; None without a scheme."""
+
+
+def find_recipes(
+    model: nn.Module, absent: Sequence[Absent], folder: Path, scheme: Scheme | None
+) -> list[Recipe]:
+    """Say how the experts that a model lacks are made of the checkpoint in `folder`.
+
+    Raises `StoreError` for a checkpoint that does not have them, `ModelError` when a scheme is
+    wanted and the block's activation cannot be read.
+    """
+    wanted = {
+        name: tensor.shape
+        for one in absent
+        for name, tensor in zip(one.parameters, one.tensors, strict=True)
+    }
+    found = find_parameters(model, wanted, shards(folder))
+    return [
+        _recipe(one, (found[one.parameters[0]], found[one.parameters[1]]), scheme) for one in absent
+    ]
+
+
+def _recipe(absent: Absent, pieces: tuple[Piece, Piece], scheme: Scheme | None) -> Recipe:
+    first, second = absent.tensors
+    spec = None
+    matrices = {
+        "gate_up": (tuple(first.shape[1:]), first.dtype),
+        "down": (tuple(second.shape[1:]), second.dtype),
+    }
+    if scheme is not None:
+        try:
+            spec = experts_spec(absent.module, first, second)
+        except UnreadableActivation as error:
+            raise ModelError(f"{absent.path!r} cannot be quantized: {error}") from error
+        matrices = _packed_matrices(spec, scheme)
+    return Recipe(
+        path=absent.path,
+        experts=first.shape[0],
+        layout=Layout.of(matrices),
+        pieces=pieces,
+        dtype=first.dtype,
+        scheme=scheme,
+        spec=spec,
+    )
+
+
+def _packed_matrices(
+    spec: KernelSpec, scheme: Scheme
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    inner, outer = spec.intermediate, spec.hidden
+    shapes = {"gate_up": (inner, outer), "down": (outer, inner)}
+    if spec.gated:
+        shapes["up"] = (inner, outer)
+    return {name: ((packed_bytes(*shape, scheme),), torch.uint8) for name, shape in shapes.items()}
+
+
+def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
+    """Read one expert and lay it out: uint8 [record].
+
+    Raises `StoreError` naming block and expert when its weights cannot be packed.
+    """
+    try:
+        matrices = [piece.select(expert).read(read_tensor) for piece in recipe.pieces]
+        if not all(matrix.isfinite().all() for matrix in matrices):
+            raise InputError("its weights hold inf or NaN")
+        first, second = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
+        tensors: dict[str, torch.Tensor | None] = {"gate_up": first, "down": second}
+        if recipe.scheme is not None and recipe.spec is not None:
+            packed = packed_tensors(recipe.spec, recipe.scheme, (first, second, None, None, None))
+            tensors = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
+    except MoeccError as error:
+        raise StoreError(f"cannot pack expert {expert} of {recipe.path!r}: {error}") from error
+    record = torch.zeros(recipe.layout.size, dtype=torch.uint8)
+    for part in recipe.layout.parts:
+        tensor = tensors[part.name]
+        assert tensor is not None
+        data = tensor.contiguous().view(torch.uint8).flatten()
+        record[part.offset : part.offset + part.size] = data
+    return record

@@ -1,0 +1,85 @@
+"""Write files that are there in full or not at all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from moecc.checkpoint.files import Tensor
+from moecc.checkpoint.packed import dtype_name, padded_header
+from moecc.runtime.errors import StoreError
+from moecc.runtime.offload.record import LINE
+
+_CHUNK = 1 << 24
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that it is there in full or not at all.
+
+    Raises `StoreError` when the disk is full; what is complete stays, and the next run goes on.
+    """
+    part = target.with_suffix(".part")
+    try:
+        write(part)
+        part.replace(target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write {str(target)!r}: {error}; what is packed so far is kept, run moecc pack "
+            "again to go on"
+        ) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file."""
+
+    def write(part: Path) -> None:
+        with part.open("w") as opened:
+            opened.write(text)
+            flush(opened)
+
+    write_whole(target, write)
+
+
+def flush(opened: IO[Any]) -> None:
+    """See to it that what was written is on disk."""
+    opened.flush()
+    os.fsync(opened.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_tensors(tensors: dict[str, Tensor], part: Path) -> None:
+    """Copy tensors as they are into a safetensors file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": dtype_name(tensor.dtype),
+            "shape": [*tensor.shape],
+            "data_offsets": [end, end + tensor.size],
+        }
+        end += tensor.size
+    with part.open("wb") as opened:
+        opened.write(padded_header(entries, LINE))
+        for tensor in tensors.values():
+            with tensor.file.open("rb") as source:
+                source.seek(tensor.offset)
+                left = tensor.size
+                while left:
+                    data = source.read(min(left, _CHUNK))
+                    if not data:
+                        raise StoreError(f"{str(tensor.file)!r} became shorter while it was packed")
+                    opened.write(data)
+                    left -= len(data)
+        flush(opened)

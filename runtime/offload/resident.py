@@ -1,0 +1,37 @@
+"""Lend a block's experts that are all in memory, packed in a scheme."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moecc.runtime.ops import AddExpertsFn
+from moecc.runtime.schemes.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """The experts of one block in memory, where the model has none of its own."""
+
+    scheme: Scheme | None
+    tensors: dict[str, torch.Tensor]
+    """By the names of a record, [E, ...]."""
+    slots: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.tensors["gate_up"])
+        object.__setattr__(self, "slots", torch.arange(count, dtype=torch.int64))
+
+    def run(
+        self,
+        add: AddExpertsFn,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *biases: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute the block, as `Bank.run` does."""
+        onto = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        tensors = self.tensors
+        experts = (tensors["gate_up"], tensors["down"], *biases, tensors.get("up"))
+        add(onto, self.slots, hidden, ids, weights, *experts)
+        return onto.to(hidden.dtype)
