@@ -149,6 +149,37 @@ def run(
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog="Examples: [b]moecc pack CHECKPOINT --quantize int4 -o packed[/b] · "
+    "[b]moecc pack org/name -o packed --json[/b]"
+)
+def pack(
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint folder in safetensors, or a hub id.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The folder to write.", show_default=False)
+    ],
+    quantize: Annotated[
+        str, typer.Option(help="Scheme of the experts; empty keeps them as they are.")
+    ] = "",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write MODEL with its experts packed one by one, ready to be read from disk.
+
+    Stopped at any point, the same command goes on where it was. `moecc.load` reads the folder.
+    """
+    from moecc import packing
+
+    done = packing.run(model, output, quantize, dtype, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(done.to_dict(), indent=2))
+    else:
+        packing.print_packed(done, Console())
+
+
 def main() -> Any:
     """Run the command line; moecc's own errors are a line on stderr and status 2."""
     try:

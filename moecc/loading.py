@@ -1,7 +1,6 @@
 """Load a model whose experts do not fit in memory: `moecc.load`."""
 
 import hashlib
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from moecc.checkpoint.direct import find_store
 from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
+from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import is_packed, open_store, read_manifest, scheme_of
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
@@ -62,7 +62,7 @@ def load(
     chosen = Options.parse(options)
     if isinstance(chosen.quantize, dict):
         raise OptionError("moecc.load takes one scheme for all blocks")
-    folder = _folder(str(name))
+    folder = find_folder(str(name))
     scheme = None if chosen.quantize is None else SCHEMES[str(chosen.quantize)]
     if is_packed(folder):
         model, absent, lenders = _load_packed(folder, scheme, dtype, chosen)
@@ -192,17 +192,3 @@ def _own_store(folder: Path, scheme: Scheme | None, dtype: torch.dtype) -> Path:
     files = "".join(fingerprint(file) for file in shards(folder))
     digest = hashlib.sha256(f"{files} {scheme} {dtype}".encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]
-
-
-def _folder(name: str) -> Path:
-    """Find a checkpoint folder, from the hub if it is not one here."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise ModelError(f"there is no checkpoint folder {name!r}, and it is no hub id")
-    hub: Any = importlib.import_module("huggingface_hub")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub's own errors, network errors
-        raise ModelError(f"cannot download {name!r}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,83 @@
+"""Pack a checkpoint with a progress bar: `moecc pack`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from moecc.checkpoint.folders import find_folder
+from moecc.checkpoint.pack import pack
+from moecc.passes.options import Options
+from moecc.runtime.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """A store that was written."""
+
+    folder: str
+    scheme: str | None
+    blocks: int
+    experts: int
+    expert_bytes: int
+    """Of all experts."""
+    record_bytes: int
+    """Of one expert of the first block: what a cache reads and holds at a time."""
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain values."""
+        return asdict(self)
+
+
+def run(model: str, output: Path, quantize: str, dtype: str, quiet: bool) -> Packed:
+    """Pack `model` into `output`, with a bar on stderr.
+
+    Raises `OptionError` for an unknown scheme and what `moecc.checkpoint.pack.pack` does.
+    """
+    scheme = Options.parse({"quantize": quantize or None}).quantize
+    if not isinstance(scheme, str | None):
+        raise OptionError("moecc pack takes one scheme for all blocks")
+    folder = find_folder(model)
+    columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    start = perf_counter()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True, quiet=quiet), transient=True
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        name = "" if Path(model).is_dir() else model
+        manifest = pack(folder, output, scheme, dtype, show, name)
+    return Packed(
+        folder=str(output),
+        scheme=manifest.scheme,
+        blocks=len(manifest.blocks),
+        experts=sum(block.experts for block in manifest.blocks),
+        expert_bytes=sum(block.experts * block.layout.size for block in manifest.blocks),
+        record_bytes=manifest.blocks[0].layout.size,
+        seconds=perf_counter() - start,
+    )
+
+
+def print_packed(done: Packed, console: Console) -> None:
+    """Say what was written and what to do with it."""
+    size = f"{done.expert_bytes / 1e6:,.1f} MB, {done.record_bytes / 1e6:.3f} MB an expert"
+    kind = done.scheme or "the model's dtype"
+    console.print(
+        f"{done.experts} experts of {done.blocks} blocks in {kind}: {size} ({done.seconds:.1f} s)",
+        highlight=False,
+    )
+    console.print(f"moecc.load({done.folder!r}, expert_memory=...) reads it", highlight=False)
