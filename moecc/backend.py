@@ -19,6 +19,7 @@ from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, run
 from moecc.records import Record
 from moecc.runtime.errors import StrictError
+from moecc.runtime.offload.bank import is_lent
 
 _passes = logging.getLogger("moecc.passes")
 _kernels = logging.getLogger("moecc.kernels")
@@ -41,7 +42,8 @@ def moecc(
         value for value in example_inputs if isinstance(value, torch.Tensor)
     ]
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
-    program = Program(gm=gm, trains=wants_grad or _switches_gradients_on(gm))
+    trains = wants_grad or _switches_gradients_on(gm)
+    program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs))
     result = run(program, chosen, keep_text=dump.wants_text())
     dump.write(result.steps, result.program.lowerings)
     _log(result)
@@ -51,6 +53,12 @@ def moecc(
         raise StrictError(f"strict=True and capture had to leave things alone: {listed}")
     record = Record.of(result, chosen, tensors, notes)
     return record.count(_inner(chosen.inner, mode)(gm, example_inputs))
+
+
+def _lent(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
+    """Name the inputs that stand in for experts on disk."""
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
+    return frozenset(node.name for node, value in inputs if is_lent(value))
 
 
 def _switches_gradients_on(gm: GraphModule) -> bool:

@@ -113,7 +113,8 @@ def why(
 
 @app.command(
     epilog='Examples: [b]moecc run benchmarks/reference -p "In the beginning"[/b] · '
-    "[b]moecc run MODEL --prompt-file prompt.txt -n 200 --rounds 5[/b]"
+    "[b]moecc run MODEL --prompt-file prompt.txt -n 200 --rounds 5[/b] · "
+    '[b]moecc run MODEL -p "..." --expert-memory 25% --quantize int4[/b]'
 )
 def run(
     model: Model,
@@ -123,15 +124,20 @@ def run(
     ] = None,
     new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", min=2)] = 64,
     rounds: Annotated[int, typer.Option(help="Timed generations each way.", min=1)] = 3,
+    expert_memory: Annotated[
+        str, typer.Option(help="Leave experts on disk and keep so much of them, as 8GiB or 25%.")
+    ] = "",
+    quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
     kernels: Kernels = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Generate text with MODEL through moecc, beside transformers eager, and compare the tokens.
 
-    Exit status 1 if the tokens differ by more than a tie within the dtype's rounding.
+    With --expert-memory or --quantize, load it with moecc.load instead, and show what the cache of
+    experts did. Exit status 1 if the tokens differ by more than a tie within the dtype's rounding.
     """
-    from moecc import demo
+    from moecc import demo, offload_demo
 
     if prompt_file is not None:
         if not prompt_file.is_file():
@@ -139,7 +145,16 @@ def run(
         prompt = prompt_file.read_text()
     if not prompt:
         raise typer.BadParameter("give a prompt with -p TEXT or --prompt-file FILE")
-    shown = demo.run(model, prompt, new_tokens, rounds, {"kernels": kernels}, dtype, quiet=as_json)
+    options: dict[str, Any] = {"kernels": kernels}
+    if expert_memory or quantize:
+        options |= {"expert_memory": expert_memory or None, "quantize": quantize or None}
+        loaded = offload_demo.run(model, prompt, new_tokens, rounds, options, dtype, quiet=as_json)
+        if as_json:
+            typer.echo(json.dumps(loaded.to_dict(), indent=2))
+        else:
+            offload_demo.print_demo(loaded, Console())
+        return
+    shown = demo.run(model, prompt, new_tokens, rounds, options, dtype, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(shown.to_dict(), indent=2))
     else:

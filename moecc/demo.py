@@ -1,18 +1,25 @@
 """Show moecc at work on a prompt: `moecc run`."""
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 from moecc.generate import Comparison, Difference, compare
 from moecc.generate import Progress as Watch
-from moecc.models import Loaded, load_model
+from moecc.models import load_model
 from moecc.reporting import Report, report
 from moecc.runtime.errors import ModelError
+
+Tell = Callable[[str], None]
+"""Changes the line that says what is going on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,24 +55,13 @@ def run(
 
     Raises `ModelError` for a model without a tokenizer or with too short a context.
     """
-    loaded = load_model(name, dtype)
-    if loaded.tokenizer is None:
-        raise ModelError(f"{name!r} has no tokenizer; `moecc run` needs a checkpoint that has one")
-    ids: torch.Tensor = loaded.tokenizer(prompt, return_tensors="pt").input_ids
-    _check_length(loaded, ids.shape[1] + new_tokens)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True, quiet=quiet)
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"loading {name}", total=None)
-
-        def watch(what: str) -> Watch:
-            def show(count: int, seconds: float) -> None:
-                rate = count / seconds if seconds else 0.0
-                line = f"{what}: {count}/{new_tokens} tokens, {rate:.0f} tokens/s"
-                bar.update(task, description=line)
-
-            return show
-
+    with live_line(f"loading {name}", quiet) as tell:
+        loaded = load_model(name, dtype)
+        if loaded.tokenizer is None:
+            raise ModelError(f"{name!r} has no tokenizer; `moecc run` needs one")
+        ids: torch.Tensor = loaded.tokenizer(prompt, return_tensors="pt").input_ids
+        check_length(name, loaded.model, ids.shape[1] + new_tokens)
+        watch = partial(counting, tell, new_tokens)
         comparison = compare(loaded.model, ids, new_tokens, options, rounds, watch)
     return Demo(
         prompt=prompt,
@@ -73,6 +69,25 @@ def run(
         comparison=comparison,
         report=report(loaded.model),
     )
+
+
+@contextmanager
+def live_line(first: str, quiet: bool) -> Generator[Tell]:
+    """Keep a line on stderr that says what is going on; gives a function that changes it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda line: bar.update(task, description=line)
+
+
+def counting(tell: Tell, new_tokens: int, what: str) -> Watch:
+    """Tell how many of so many new tokens there are, and how fast they come."""
+
+    def show(count: int, seconds: float) -> None:
+        rate = count / seconds if seconds else 0.0
+        tell(f"{what}: {count}/{new_tokens} tokens, {rate:.0f} tokens/s")
+
+    return show
 
 
 def print_demo(shown: Demo, console: Console) -> None:
@@ -106,10 +121,11 @@ def _verdict(difference: Difference | None) -> str:
     return where + sizes + advice
 
 
-def _check_length(loaded: Loaded, length: int) -> None:
-    limit = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
+def check_length(name: str, model: nn.Module, length: int) -> None:
+    """Raise `ModelError` if a model does not take so many tokens."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and length > int(limit):
         raise ModelError(
-            f"prompt and new tokens are {length} together and {loaded.name!r} takes {limit}; "
+            f"prompt and new tokens are {length} together and {name!r} takes {limit}; "
             "shorten the prompt or lower -n"
         )

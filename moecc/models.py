@@ -56,11 +56,24 @@ def _from_checkpoint(name: str, dtype: str) -> Loaded:
     transformers.utils.logging.disable_progress_bar()
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot load {name!r} with transformers: {reason}") from error
-    return Loaded(name=name, model=model.eval(), tokenizer=tokenizer, inputs=_token_inputs(model))
+    inputs = _token_inputs(model)
+    return Loaded(name=name, model=model.eval(), tokenizer=load_tokenizer(name), inputs=inputs)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a checkpoint folder or hub id.
+
+    Raises `ModelError` when it has none.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {reason}") from error
 
 
 def _from_factory(name: str, file: Path, factory: str) -> Loaded:

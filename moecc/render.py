@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moecc.lenders import ExpertsReport
 from moecc.reporting import GraphReport, Report
 
 WIDTH = 110
@@ -36,6 +37,32 @@ def print_report(report: Report, console: Console) -> None:
         )
         _print_list(eager.kernels, console)
         _print_list(eager.reasons, console)
+    if report.experts:
+        print_experts(report.experts, console)
+
+
+def print_experts(experts: ExpertsReport, console: Console) -> None:
+    """Print where experts live and how often they were there when asked for."""
+    table = Table("experts of", "scheme", box=None, pad_edge=False)
+    for name in ("slots", "MB", "asked", "hits", "late", "misses", "waited"):
+        table.add_column(name, justify="right")
+    for block in experts.blocks:
+        rate = f"{block['hits'] / block['asked']:.1%}" if block["asked"] else "–"
+        slots = f"{block['slots']}/{block['experts']}"
+        size = f"{block['slots'] * block['slot_bytes'] / 1e6:.1f}"
+        counts = (block["asked"], rate, block["late"], block["misses"])
+        waited = f"{block['wait_seconds']:.2f} s"
+        table.add_row(block["path"], block["scheme"] or "", slots, size, *map(str, counts), waited)
+    console.print(table)
+    console.print(
+        f"{experts.memory_bytes / 1e6:,.1f} of {experts.total_bytes / 1e6:,.1f} MB of experts in "
+        f"memory, {experts.hit_rate:.1%} of those asked for were there or on their way"
+    )
+    if experts.read_bandwidth:
+        console.print(
+            f"{experts.read_bytes / 1e6:,.1f} MB read from disk at "
+            f"{experts.read_bandwidth / 1e6:,.0f} MB/s"
+        )
 
 
 def print_graph(graph: GraphReport, console: Console) -> None:

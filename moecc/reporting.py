@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moecc import __version__, transformers_experts
+from moecc.lenders import ExpertsReport, report_experts
 from moecc.passes.pipeline import Step
 from moecc.records import Record, all_records
 from moecc.runtime.errors import InputError
@@ -52,6 +53,8 @@ class Report:
     torch: str
     graphs: tuple[GraphReport, ...]
     eager: EagerReport | None
+    experts: ExpertsReport | None
+    """Where experts live that are not in the model's own tensors (`moecc.load`)."""
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def report(model: nn.Module) -> Report:
         torch=torch.__version__,
         graphs=tuple(map(graph_report, own)),
         eager=eager,
+        experts=report_experts(model),
         notes=tuple(_notes(own, eager)),
     )
 

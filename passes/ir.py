@@ -116,8 +116,21 @@ class Placement:
     """Where the experts of a block live."""
 
     block: str
-    home: Literal["resident"]
+    home: Literal["resident", "lent"]
+    """The model's own tensors, or read from disk when they are needed (`moecc.load`)."""
     bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefetch:
+    """A prediction of the experts that a block will choose."""
+
+    block: str
+    """Whose experts are predicted."""
+    at: str
+    """The earlier block before whose experts it is made."""
+    distance: int
+    """Blocks between the two, the later one included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +152,11 @@ class Program:
     gm: GraphModule
     trains: bool = False
     """Gradients were wanted when the graph was traced."""
+    lent: frozenset[str] = frozenset()
+    """The placeholders that stand in for experts on disk."""
     blocks: tuple[MoeBlock, ...] = ()
     placements: tuple[Placement, ...] = ()
+    prefetches: tuple[Prefetch, ...] = ()
     lowerings: tuple[Lowering, ...] = ()
 
     def nodes(self) -> Mapping[str, Node]:

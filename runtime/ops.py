@@ -2,6 +2,7 @@
 
     moecc::experts        a whole MoE block's experts, run by the kernel it names
     moecc::expert_linear  one grouped product, y[t * K + k] = W[ids[t, k]] x (+ b)
+    moecc::prefetch       start reading what a later block will likely choose, by scores [.., E]
     moecc::combine        the weighted sum over k, out[t] = sum_k weights[t, k] y[t * K + k]
 
 Capture writes the last two, with the activation between them as ordinary nodes; `fuse_experts`
@@ -11,7 +12,7 @@ layers and models.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -70,8 +71,12 @@ def run_experts(
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None,
     kernel: str,
+    after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Run a block's experts with the kernel of this key; shapes are those of `ExpertsFn`."""
+    """Run a block's experts with the kernel of this key; shapes are those of `ExpertsFn`.
+
+    `after` are predictions that have to be made before, and nothing else.
+    """
     found = _kernels.get(kernel)
     if found is None:
         raise InputError(
@@ -88,6 +93,15 @@ def run_experts(
         return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
     bank.refresh(gate_up)
     return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up)
+
+
+def _prefetch(
+    scores: torch.Tensor, weight: torch.Tensor, active: int, distance: int
+) -> torch.Tensor:
+    lender = lender_of(weight)
+    if lender is not None:
+        lender.foretell(scores.reshape(-1, scores.shape[-1]), active, distance)
+    return scores.new_empty(0)
 
 
 def _expert_linear(
@@ -137,6 +151,7 @@ def _fake_experts(
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None,
     kernel: str,
+    after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     _refuse_meta(gate_up)
     return hidden.new_empty(hidden.shape)
@@ -152,6 +167,12 @@ def _fake_expert_linear(
     _refuse_meta(weight)
     width = weight.shape[2 if transposed else 1]
     return x.new_empty(ids.numel(), width, dtype=weight.dtype)
+
+
+def _fake_prefetch(
+    scores: torch.Tensor, weight: torch.Tensor, active: int, distance: int
+) -> torch.Tensor:
+    return scores.new_empty(0)
 
 
 def _fake_combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -181,7 +202,8 @@ def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., t
 
 _define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, str kernel) -> Tensor",
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, str kernel, Tensor[]? after=None) "
+    "-> Tensor",
     run_experts,
     _fake_experts,
 )
@@ -191,3 +213,8 @@ _define(
     _fake_expert_linear,
 )
 _define("combine(Tensor y, Tensor weights) -> Tensor", _combine, _fake_combine)
+_define(
+    "prefetch(Tensor scores, Tensor weight, int active, int distance) -> Tensor",
+    _prefetch,
+    _fake_prefetch,
+)

@@ -8,20 +8,26 @@ and reads one group while it computes the other; each expert is read once.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import torch
 
-from moecc.runtime.errors import InputError
 from moecc.runtime.offload.cache import Admission
+from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.pool import Pool
+from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Request
 from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Scheme
+
+MOST_TOKENS = 8
+"""Tokens of a call for which guesses are made: decoding, or checking a few drafted tokens."""
+WIDEN = 2
+"""Guesses are ranked this many times as far as top-k, for those that just missed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +40,7 @@ class Bank:
     pool: Pool
     scheme: Scheme | None = None
     """Of the matrices in the store; None are the model's own."""
-    shared: bool = False
-    """Other blocks use the pool too."""
+    guesses: Guesses = field(default_factory=Guesses)
 
     def run(
         self,
@@ -56,6 +61,8 @@ class Bank:
             size = room if len(wanted) <= room else max(1, room // 2)
             groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
             double = len(groups) > 1 and 2 * size <= room
+            missing = [key for key in self._keys(wanted) if key not in self.pool.cache]
+            self.guesses.check(wanted, missing)
             hits = late = 0
             pinned: list[Admission] = []
             try:
@@ -79,14 +86,18 @@ class Bank:
             self.pool.trace.add(request, late)
         return onto.to(hidden.dtype)
 
-    def prefetch(self, experts: Sequence[int], distance: int, most: int) -> int:
-        """Start loading experts, likeliest first, that the block `distance` ahead may need.
+    def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
+        """Start reading what the best of `scores` [T, E] name, as far as it is worth it.
 
-        Returns how many loads were started.
+        For a few tokens only: a prefill needs most experts anyway, and reads them in order.
         """
+        if not 0 < len(scores) <= MOST_TOKENS:
+            return
+        width = min(WIDEN * active, self.store.experts)
+        best = scores.float().amax(dim=0) if len(scores) > 1 else scores[0]
+        ranked = self._keys(cast(list[int], best.topk(width).indices.tolist()))
         with self.pool.lock:
-            due = distance if self.shared else 1
-            return self.pool.predict(self.store, self._keys(experts), due, most)
+            self.guesses.make(ranked, self.pool, self.store)
 
     def _request(self, experts: Sequence[int], pinned: list[Admission]) -> list[Admission]:
         admitted = self.pool.request(self.store, self._keys(experts)) if experts else []
@@ -134,15 +145,6 @@ class Bank:
         return sorted(expert for expert in named if 0 <= expert < self.store.experts)
 
 
-def smallest(store: Store, active: int) -> int:
-    """Give the bytes of slots that a block with top-`active` routing needs for one token."""
-    return active * store.layout.size
-
-
-def check_budget(slots: int, active: int, store: Store) -> None:
-    """Raise `InputError` if a token's experts do not fit."""
-    if slots < active:
-        raise InputError(
-            f"{slots} slots hold less than the {active} experts that a token of {store.name!r} "
-            f"needs; the smallest that works are {smallest(store, active):,} bytes for it"
-        )
+def is_lent(weight: object) -> bool:
+    """Tell whether a tensor stands in for experts on disk."""
+    return isinstance(weight, torch.Tensor) and isinstance(lender_of(weight), Bank)

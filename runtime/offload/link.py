@@ -21,6 +21,8 @@ CHUNK = 1 << 20
 """Bytes of one read: at 1 GB/s a demand waits at most a millisecond for each reader."""
 READERS = 4
 """Enough reads in flight for the queues of an SSD."""
+_POLL = 0.02
+"""Seconds at least between two looks at how busy a link is."""
 DEMAND = 0
 """The priority of what somebody waits for; predictions have larger numbers."""
 
@@ -99,6 +101,10 @@ class _State:
     seconds: float = 0.0
     """Time in which at least one load was on its way."""
     since: float = 0.0
+    busy: float = 0.0
+    """Share of time, lately, as of `polled`; `busy_then` were the seconds at that time."""
+    polled: float = field(default_factory=time.perf_counter)
+    busy_then: float = 0.0
 
 
 class Link:
@@ -160,6 +166,19 @@ class Link:
     def bandwidth(self) -> float | None:
         """Bytes a second while something was being read; None before the first load."""
         return self._state.bytes / self._state.seconds if self._state.seconds else None
+
+    def busy(self) -> float:
+        """Share of the latest time in which something was being read."""
+        state = self._state
+        with state.changed:
+            now = time.perf_counter()
+            total = state.seconds + (now - state.since if state.loads else 0.0)
+            elapsed = now - state.polled
+            if elapsed > _POLL:
+                share = min(1.0, (total - state.busy_then) / elapsed)
+                state.busy += 0.2 * (share - state.busy)
+                state.polled, state.busy_then = now, total
+            return state.busy
 
     def forget_threads(self) -> None:
         """Begin anew in a forked child, which has none of the threads and maybe their locks."""

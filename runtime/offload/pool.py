@@ -51,15 +51,19 @@ class Pool:
         self._foretold -= foretold
         return admitted
 
-    def predict(self, store: Store, keys: Sequence[Key], due: int, most: int) -> int:
-        """Start loading experts, likeliest first, that a request `due` steps ahead may name."""
+    def predict(self, store: Store, keys: Sequence[Key], due: int, most: int) -> list[Key]:
+        """Start loading experts, likeliest first, that a request `due` steps ahead may name.
+
+        Returns the experts that had to go for them.
+        """
         self._drop_failed(keys)
         admitted = self.cache.predict(keys, self.cache.step + due, most)
         for one in admitted:
             self._load(store, one, DEMAND + due)
             self._foretold.add(one.key)
         self.trace.counts.predicted += len(admitted)
-        return len(admitted)
+        self.trace.add_guess(tuple(one.key for one in admitted))
+        return [one.evicted for one in admitted if one.evicted is not None]
 
     def is_late(self, key: Key) -> bool:
         """Tell whether an admitted expert is still on its way."""

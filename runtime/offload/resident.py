@@ -35,3 +35,6 @@ class Resident:
         experts = (tensors["gate_up"], tensors["down"], *biases, tensors.get("up"))
         add(onto, self.slots, hidden, ids, weights, *experts)
         return onto.to(hidden.dtype)
+
+    def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
+        """Do nothing: every expert is here."""

@@ -37,6 +37,10 @@ class Lender(Protocol):
         """Compute the block with its kernel."""
         ...
 
+    def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
+        """Take note that the block will likely choose the best of `scores` [T, E]."""
+        ...
+
 
 def stand_in(like: torch.Tensor, lender: Lender) -> nn.Parameter:
     """Make a parameter of the shape and dtype of `like`, bound to a lender."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from moecc.runtime.offload.policy import Key
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -51,7 +53,8 @@ class Trace:
 
     counts: Counts = field(default_factory=Counts)
     recording: bool = False
-    requests: list[Request] = field(default_factory=list[Request])
+    events: list[Request | tuple[Key, ...]] = field(default_factory=list[Request | tuple[Key, ...]])
+    """Requests, and between them the experts that predictions let in."""
 
     def add(self, request: Request, late: int) -> None:
         """Count a request, and keep it if asked to."""
@@ -60,4 +63,9 @@ class Trace:
         self.counts.hits += request.hits
         self.counts.late += late
         if self.recording:
-            self.requests.append(request)
+            self.events.append(request)
+
+    def add_guess(self, admitted: tuple[Key, ...]) -> None:
+        """Keep which experts a prediction let in."""
+        if self.recording and admitted:
+            self.events.append(admitted)

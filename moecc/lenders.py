@@ -1,0 +1,90 @@
+"""Find what lends a model its experts, and tell where they live and how the cache did."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from moecc.runtime.modules import named_modules, parameters_of
+from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.resident import Resident
+from moecc.runtime.offload.stand_in import Lender, lender_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsReport:
+    """Experts that are not the model's own tensors."""
+
+    blocks: tuple[dict[str, Any], ...]
+    """path, home (`memory` or `disk`), scheme, experts, slots, slot_bytes, requests, asked, hits,
+    misses, late, predicted, useful, wait_seconds"""
+    memory_bytes: int
+    """Of all slots."""
+    total_bytes: int
+    """Of all experts."""
+    read_bytes: int
+    """From disk so far."""
+    read_bandwidth: float | None
+    """Bytes a second while something was read."""
+
+    def total(self, name: str) -> float:
+        """Add up one number of all blocks."""
+        return sum(block[name] for block in self.blocks)
+
+    @property
+    def hit_rate(self) -> float:
+        """Experts that were in a slot, or on their way, over experts asked for."""
+        asked = self.total("asked")
+        return self.total("hits") / asked if asked else 1.0
+
+
+def lenders_of(model: nn.Module) -> list[tuple[str, Lender]]:
+    """List lenders in the order of the model's modules, with the paths of these."""
+    found: dict[int, tuple[str, Lender]] = {}
+    for path, module in named_modules(model):
+        for parameter in parameters_of(module).values():
+            lender = None if parameter is None else lender_of(parameter)
+            if lender is not None:
+                found.setdefault(id(lender), (path, lender))
+    return list(found.values())
+
+
+def report_experts(model: nn.Module) -> ExpertsReport | None:
+    """Report on experts that are lent; None when a model has all its own."""
+    lenders = lenders_of(model)
+    if not lenders:
+        return None
+    banks = [lender for _, lender in lenders if isinstance(lender, Bank)]
+    links = {id(bank.pool.link): bank.pool.link for bank in banks}
+    seconds = [link.bandwidth for link in links.values() if link.bandwidth]
+    blocks = tuple(_block(path, lender) for path, lender in lenders)
+    return ExpertsReport(
+        blocks=blocks,
+        memory_bytes=sum(block["slots"] * block["slot_bytes"] for block in blocks),
+        total_bytes=sum(block["experts"] * block["slot_bytes"] for block in blocks),
+        read_bytes=sum(link.bytes for link in links.values()),
+        read_bandwidth=max(seconds, default=None),
+    )
+
+
+def _block(path: str, lender: Lender) -> dict[str, Any]:
+    plain: dict[str, Any] = {"path": path, "scheme": str(lender.scheme) if lender.scheme else None}
+    if isinstance(lender, Bank):
+        counts = lender.pool.trace.counts
+        slots, experts, size = lender.pool.slots, lender.store.experts, lender.store.layout.size
+        counted = asdict(counts)
+        asked = counted.pop("experts")
+        numbers = counted | {"asked": asked, "misses": counts.misses}
+        return (
+            plain
+            | {"home": "disk", "experts": experts, "slots": slots, "slot_bytes": size}
+            | numbers
+        )
+    assert isinstance(lender, Resident)
+    experts = len(lender.slots)
+    size = sum(tensor[0].nbytes for tensor in lender.tensors.values())
+    numbers = dict.fromkeys(
+        ("requests", "asked", "hits", "misses", "late", "predicted", "useful", "wait_seconds"), 0
+    )
+    place = {"home": "memory", "experts": experts, "slots": experts, "slot_bytes": size}
+    return plain | place | numbers

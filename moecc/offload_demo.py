@@ -1,0 +1,92 @@
+"""Generate with experts that are not all in memory: `moecc run --expert-memory`."""
+
+import statistics
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from moecc.checkpoint.folders import find_folder
+from moecc.demo import check_length, counting, live_line
+from moecc.generate import Timing, compiled, generate
+from moecc.loading import load
+from moecc.models import load_tokenizer
+from moecc.render import print_experts
+from moecc.reporting import Report, report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadDemo:
+    """A text, and what the cache did for it."""
+
+    prompt: str
+    text: str
+    timings: tuple[Timing, ...]
+    """One of each round, the first after one that compiles."""
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain values."""
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "timings": [asdict(timing) for timing in self.timings],
+            "report": self.report.to_dict(),
+        }
+
+
+def run(
+    name: str,
+    prompt: str,
+    new_tokens: int,
+    rounds: int,
+    options: dict[str, Any],
+    dtype: str,
+    quiet: bool,
+) -> OffloadDemo:
+    """Load with `moecc.load`, compile, and generate with a live line on stderr.
+
+    Raises what `moecc.load` does, and `ModelError` for a model without a tokenizer or with too
+    short a context.
+    """
+    with live_line(f"loading {name}", quiet) as tell:
+        folder = find_folder(name)
+
+        def packing(done: int, total: int) -> None:
+            tell(f"packing experts: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+        tokenizer = load_tokenizer(str(folder))
+        model = load(folder, dtype=dtype, progress=packing, **options)
+        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+        check_length(name, model, ids.shape[1] + new_tokens)
+        with compiled(model, options):
+            generate(model, ids, new_tokens, counting(tell, new_tokens, "compiling"))
+            watch = partial(counting, tell, new_tokens)
+            timings = tuple(
+                generate(model, ids, new_tokens, watch(f"round {number}/{rounds}"))
+                for number in range(1, rounds + 1)
+            )
+    return OffloadDemo(
+        prompt=prompt,
+        text=tokenizer.decode(timings[-1].tokens),
+        timings=timings,
+        report=report(model),
+    )
+
+
+def print_demo(shown: OffloadDemo, console: Console) -> None:
+    """Print the text, the speed, and where experts were."""
+    console.print(shown.prompt, style="dim", markup=False, highlight=False, end="")
+    console.print(shown.text, markup=False, highlight=False)
+    console.print()
+    prefill, decode = (
+        statistics.median(getattr(one, rate) for one in shown.timings)
+        for rate in ("prefill_rate", "decode_rate")
+    )
+    console.print(
+        f"prefill {prefill:.1f}, decode {decode:.1f} tokens/s (median)\n", highlight=False
+    )
+    if shown.report.experts is not None:
+        print_experts(shown.report.experts, console)

@@ -1,0 +1,59 @@
+"""Price predictions: which of a block's predicted experts are worth reading early.
+
+A guess of rank r (0 is the best) comes true with probability p, measured online for each rank. If
+it does, a demand later waits less by what the read gets done until then: the time of a read, but no
+more than the window between the guess and the demand. If it does not, the read was for nothing: it
+delays demands to the extent that the link is busy with them anyway, and the expert that it drove
+out may be missed. So a guess is worth reading when
+
+    p * min(read, window)  >  (1 - p) * read * busy  +  regret * read
+
+where `regret` is the measured share of experts that were driven out by guesses and asked for soon.
+A guess that does not pay is still counted when it is checked, so a rank can come back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_WEIGHT = 0.05
+"""Of a new observation: about the last twenty count."""
+_HOPEFUL = 0.5
+"""Assumed before anything is measured, so that guesses get a chance to prove themselves."""
+
+
+@dataclass(slots=True)
+class Governor:
+    """What was measured of one block's guesses, in seconds and shares."""
+
+    precision: list[float] = field(default_factory=list[float])
+    """By rank: how often the guess came true."""
+    window: float | None = None
+    """Between a guess and the demand; None before the first."""
+    regret: float = 0.0
+    observed: int = 0
+
+    def worth(self, ranks: int, read: float, busy: float) -> list[bool]:
+        """Tell for each rank whether to read what is guessed, given a read's time."""
+        window = read if self.window is None else self.window
+        gain = min(read, window)
+        return [
+            p * gain > (1 - p) * read * busy + self.regret * read
+            for p in (self._precision(rank) for rank in range(ranks))
+        ]
+
+    def observe(self, came_true: Sequence[bool], window: float) -> None:
+        """Compare a ranked guess with what was asked for, `window` seconds later."""
+        for rank, true in enumerate(came_true):
+            if rank == len(self.precision):
+                self.precision.append(_HOPEFUL)
+            self.precision[rank] += _WEIGHT * (true - self.precision[rank])
+        before = window if self.window is None else self.window
+        self.window = before + _WEIGHT * (window - before)
+        self.observed += 1
+
+    def driven_out(self, missed: bool) -> None:
+        """Count an expert that a guess drove out: it was asked for soon, or left for good."""
+        self.regret += _WEIGHT * (missed - self.regret)
+
+    def _precision(self, rank: int) -> float:
+        return self.precision[rank] if rank < len(self.precision) else _HOPEFUL

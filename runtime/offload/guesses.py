@@ -1,0 +1,67 @@
+"""Act on predictions of one block's experts, and check them against what was asked for."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from moecc.runtime.offload.governor import Governor
+from moecc.runtime.offload.policy import Key
+from moecc.runtime.offload.pool import Pool
+from moecc.runtime.offload.store import Store
+
+_SOON = 8
+"""Requests within which an expert that a guess drove out is missed or not."""
+
+
+@dataclass(slots=True)
+class Guesses:
+    """The latest guess of a block and what guesses have been worth."""
+
+    governor: Governor = field(default_factory=Governor)
+    right: int = 0
+    """Of the top-k experts asked for, those that were among the first k guessed."""
+    wide: int = 0
+    """Of these, those that were among all that were guessed."""
+    asked: int = 0
+    whole: int = 0
+    """Requests whose experts were all among the first k guessed."""
+    made: int = 0
+    _latest: tuple[list[int], float] | None = None
+    _driven_out: dict[Key, int] = field(default_factory=dict[Key, int])
+
+    def make(self, ranked: Sequence[Key], pool: Pool, store: Store) -> None:
+        """Take a guess, best first, and start those reads that are worth it."""
+        self._latest = [expert for _, expert in ranked], time.perf_counter()
+        read = store.layout.size / (pool.link.bandwidth or _FAST)
+        worth = self.governor.worth(len(ranked), read, pool.link.busy())
+        chosen = [key for key, good in zip(ranked, worth, strict=True) if good]
+        if chosen:
+            for key in pool.predict(store, chosen, 1, len(chosen)):
+                self._driven_out[key] = _SOON
+
+    def check(self, wanted: Iterable[int], missing: Iterable[Key]) -> None:
+        """Compare the latest guess with the experts that a request names."""
+        self._count_driven_out(set(missing))
+        if self._latest is None:
+            return
+        (ranked, at), self._latest = self._latest, None
+        named = set(wanted)
+        came_true = [expert in named for expert in ranked]
+        self.governor.observe(came_true, time.perf_counter() - at)
+        first = sum(came_true[: len(named)])
+        self.made += 1
+        self.asked += len(named)
+        self.right += first
+        self.wide += sum(came_true)
+        self.whole += first == len(named)
+
+    def _count_driven_out(self, missing: set[Key]) -> None:
+        for key in list(self._driven_out):
+            self._driven_out[key] -= 1
+            if key in missing or not self._driven_out[key]:
+                del self._driven_out[key]
+                self.governor.driven_out(key in missing)
+
+
+_FAST = 1e9
+"""Bytes a second, assumed until something was read."""
