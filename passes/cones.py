@@ -29,34 +29,27 @@ def ancestors(node: Node) -> set[Node]:
     return seen
 
 
-def cone(end: Node, start: Node) -> list[Node] | None:
-    """List what lies between `start` and `end`, in the order of the graph, `end` included.
+def cone(end: Node, start: Node, place: Node) -> list[Node] | None:
+    """List what `start` goes through to become `end`, in the order of the graph, `end` included.
 
-    None if `end` also depends on something else than `start` and the graph's inputs, or if what
-    lies between writes to something outside.
+    It can then be copied to `place`. None if `end` is not made of `start`, or also of something
+    that is not there yet at `place`, or if what lies between writes to something outside.
     """
-    inside: set[Node] = set()
-    queue = [end]
-    while queue:
-        node = queue.pop()
-        if node is start or node in inside or node.op in ("placeholder", "get_attr"):
-            continue
-        inside.add(node)
-        queue += node.all_input_nodes
-    if not any(start in node.all_input_nodes for node in inside):
+    order = {node: number for number, node in enumerate(end.graph.nodes)}
+    behind = {start}
+    for node in _after(start):
+        if any(one in behind for one in node.all_input_nodes):
+            behind.add(node)
+    inside = ancestors(end) & behind - {start}
+    if end not in inside:
         return None
-    if not all(_is_fed(node, inside, start) for node in inside):
-        return None
-    return [node for node in end.graph.nodes if node in inside]
-
-
-def _is_fed(node: Node, inside: set[Node], start: Node) -> bool:
-    if mutates(node) and node.args[0] not in inside:
-        return False
-    known = (start, *inside)
-    return bool(node.all_input_nodes) and all(
-        one in known or one.op in ("placeholder", "get_attr") for one in node.all_input_nodes
-    )
+    for node in inside:
+        if mutates(node) and node.args[0] not in inside:
+            return None
+        outside = (one for one in node.all_input_nodes if one not in inside and one is not start)
+        if any(order[one] >= order[place] for one in outside):
+            return None
+    return sorted(inside, key=order.__getitem__)
 
 
 def residual_of(hidden: Node, output: Node) -> Node | None:

@@ -75,10 +75,10 @@ def _predict(
     scores = _scores(nodes[target.ids], target.experts)
     if scores is None:
         return "its experts are not the top-k of scores"
-    between = cone(scores, target_stream)
+    experts = nodes[source.output]
+    between = cone(scores, target_stream, experts)
     if between is None:
         return "its router reads more than the residual stream"
-    experts = nodes[source.output]
     if stream not in ancestors(experts):
         return "the stream is not known before the experts run"
     graph = experts.graph
