@@ -115,6 +115,8 @@ def read_manifest(folder: Path) -> Manifest:
         scheme = plain["scheme"]
         if scheme is not None and scheme not in SCHEMES:
             raise ValueError(f"there is no scheme {scheme!r}")
+        if not isinstance(getattr(torch, str(plain["dtype"]), None), torch.dtype):
+            raise ValueError(f"there is no dtype {plain['dtype']!r}")
         return Manifest(
             scheme=scheme,
             dtype=str(plain["dtype"]),
