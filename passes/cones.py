@@ -15,6 +15,8 @@ from torch.fx import Node
 from moecc.passes.pattern import mutates, op_name
 from moecc.passes.sizes import same_shape
 
+_FEW = 8
+"""Nodes that make a constant of a graph's inputs, such as the epsilon of a norm."""
 _ADDS = {"add", "iadd", "add_"}
 
 
@@ -43,12 +45,15 @@ def cone(end: Node, start: Node, place: Node) -> list[Node] | None:
     inside = ancestors(end) & behind - {start}
     if end not in inside:
         return None
-    for node in inside:
-        if mutates(node) and node.args[0] not in inside:
+    early = order[place]
+    late = {one for node in inside for one in node.all_input_nodes if order[one] >= early}
+    for node in late - inside - {start}:
+        made = {one for one in ancestors(node) if one.op not in ("placeholder", "get_attr")}
+        if len(made) > _FEW:
             return None
-        outside = (one for one in node.all_input_nodes if one not in inside and one is not start)
-        if any(order[one] >= order[place] for one in outside):
-            return None
+        inside |= {one for one in made if order[one] >= early}
+    if any(mutates(node) and node.args[0] not in inside for node in inside):
+        return None
     return sorted(inside, key=order.__getitem__)
 
 

@@ -18,6 +18,7 @@ from moecc.runtime.offload.cache import Admission
 from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.pool import Pool
+from moecc.runtime.offload.replay import groups_of
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Request
@@ -57,10 +58,8 @@ class Bank:
         wanted = self._experts(ids)
         onto = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         with self.pool.lock:
-            room = self.pool.slots
-            size = room if len(wanted) <= room else max(1, room // 2)
-            groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
-            double = len(groups) > 1 and 2 * size <= room
+            groups = groups_of(wanted, self.pool.slots)
+            double = len(groups) > 1 and 2 * len(groups[0]) <= self.pool.slots
             missing = [key for key in self._keys(wanted) if key not in self.pool.cache]
             self.guesses.check(wanted, missing)
             hits = late = 0

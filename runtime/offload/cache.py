@@ -87,10 +87,10 @@ class Cache:
         for key in keys:
             if key in self._slot or len(admitted) == most:
                 continue
-            victim = None if self._free else self._victim()
-            if not self._free and (victim is None or self._needed_before(victim, due)):
+            victim = None if self._free else self._victim(spared=due)
+            if not self._free and victim is None:
                 break
-            admitted.append(self._admit(key))
+            admitted.append(self._admit(key, victim))
             self._usage.last[key] = self.step
         return admitted
 
@@ -115,20 +115,23 @@ class Cache:
         self._free = [slot for slot in self._free if slot < slots]
         return leaving
 
-    def _admit(self, key: Key) -> Admission:
+    def _admit(self, key: Key, evicted: Key | None = None) -> Admission:
         if key in self._slot:
             return Admission(key=key, slot=self._slot[key], hit=True)
-        evicted = None
         if not self._free:
-            evicted = self._victim()
+            evicted = evicted or self._victim()
             assert evicted is not None
             self.drop(evicted)
         self._slot[key] = slot = self._free.pop()
         return Admission(key=key, slot=slot, hit=False, evicted=evicted)
 
-    def _victim(self) -> Key | None:
-        """Give the unpinned expert of lowest score."""
-        unused = (key for key in self._slot if not self._pins[key])
+    def _victim(self, spared: int | None = None) -> Key | None:
+        """Give the unpinned expert of lowest score; none that is predicted up to step `spared`."""
+        unused = (
+            key
+            for key in self._slot
+            if not self._pins[key] and (spared is None or not self._needed_before(key, spared))
+        )
         return min(unused, key=lambda key: self._policy(key, self._usage, self.step), default=None)
 
     def _needed_before(self, key: Key, due: int) -> bool:

@@ -62,7 +62,7 @@ class Pool:
             self._load(store, one, DEMAND + due)
             self._foretold.add(one.key)
         self.trace.counts.predicted += len(admitted)
-        self.trace.add_guess(tuple(one.key for one in admitted))
+        self.trace.add_guess(tuple(keys))
         return [one.evicted for one in admitted if one.evicted is not None]
 
     def is_late(self, key: Key) -> bool:

@@ -18,6 +18,16 @@ class Request:
     """Of these, how many were in slots or on their way."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guess:
+    """Experts that a prediction let in, in the order in which it named them."""
+
+    keys: tuple[Key, ...]
+
+
+Event = Request | Guess
+
+
 @dataclass(slots=True, kw_only=True)
 class Counts:
     """Sums over requests."""
@@ -53,8 +63,8 @@ class Trace:
 
     counts: Counts = field(default_factory=Counts)
     recording: bool = False
-    events: list[Request | tuple[Key, ...]] = field(default_factory=list[Request | tuple[Key, ...]])
-    """Requests, and between them the experts that predictions let in."""
+    events: list[Event] = field(default_factory=list[Event])
+    """Requests, and between them what predictions named."""
 
     def add(self, request: Request, late: int) -> None:
         """Count a request, and keep it if asked to."""
@@ -65,7 +75,7 @@ class Trace:
         if self.recording:
             self.events.append(request)
 
-    def add_guess(self, admitted: tuple[Key, ...]) -> None:
-        """Keep which experts a prediction let in."""
-        if self.recording and admitted:
-            self.events.append(admitted)
+    def add_guess(self, keys: tuple[Key, ...]) -> None:
+        """Keep which experts a prediction named."""
+        if self.recording and keys:
+            self.events.append(Guess(keys=keys))
