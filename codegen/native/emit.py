@@ -9,6 +9,8 @@ sum adds experts in ascending order. Where the CPU has bf16 dot products and a b
 product is output-major, activated values are rounded to bf16 before it, as eager torch does;
 elsewhere they stay float32. With low-bit weights the inputs of both products are rounded to 8 bits,
 one scale a block (`Scheme.block`), so that products are integer dot products.
+
+Calls use torch's number of threads, or fewer: `team.h` says when. A forked child uses one.
 """
 
 import ctypes
@@ -134,7 +136,11 @@ def write(spec: KernelSpec) -> str:
     ]
     products = ("quantized.h",) if spec.scheme else ("dot.h", "axpy.h")
     return "\n".join(
-        [*map(_template, ("vec.h", "math.h", *products)), *facts, _template("experts.cpp")]
+        [
+            *map(_template, ("vec.h", "math.h", *products, "team.h")),
+            *facts,
+            _template("experts.cpp"),
+        ]
     )
 
 
