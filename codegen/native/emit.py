@@ -91,9 +91,9 @@ def emit(spec: KernelSpec) -> Kernel:
         _check_routing(spec, hidden, ids, weights)
         _check_weights(spec, gate_up, down, gate_up_bias, down_bias, up)
         biases = _flat(gate_up_bias), _flat(down_bias)
-        x = hidden.to(spec.dtype).contiguous()
-        ids = ids.to(torch.int64).contiguous()
-        weights = weights.to(torch.float32).contiguous()
+        x = _plain(hidden, spec.dtype)
+        ids = _plain(ids, torch.int64)
+        weights = _plain(weights, torch.float32)
         same = hidden.dtype == spec.dtype
         out = torch.empty(x.shape, dtype=spec.dtype if same else torch.float32)
         layer = _Layer(
@@ -188,7 +188,7 @@ def _check_routing(
 ) -> None:
     """Raise `InputError` unless the tensors that change with every call fit the spec."""
     for name, tensor in (("hidden", hidden), ("ids", ids), ("weights", weights)):
-        if tensor.device.type != "cpu" or tensor.dim() != 2:
+        if not tensor.is_cpu or tensor.dim() != 2:
             raise _misfit(name, tensor, "two dimensions on cpu")
     if hidden.shape[1] != spec.hidden:
         raise _misfit("hidden", hidden, f"[T, {spec.hidden}]")
@@ -256,7 +256,7 @@ def _check_weight(
     expected = f"{spec.dtype} {[*shape]} on cpu"
     if tensor is None:
         raise InputError(f"{name} is missing; expected {expected}")
-    if tensor.shape != shape or tensor.dtype != spec.dtype or tensor.device.type != "cpu":
+    if tensor.shape != shape or tensor.dtype != spec.dtype or not tensor.is_cpu:
         raise _misfit(name, tensor, expected)
     if strided and tensor.stride(-1) != 1 and shape[-1] != 1:
         raise _misfit(name, tensor, "its last dimension contiguous (stride 1); call .contiguous()")
@@ -272,7 +272,7 @@ def _check_packed(
     if tensor is None:
         raise InputError(f"{name} is missing; expected {expected}")
     fits = tensor.shape == (shape[0], packed_bytes(*shape[1:], scheme))
-    plain = tensor.dtype == torch.uint8 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    plain = tensor.dtype == torch.uint8 and tensor.is_cpu and tensor.is_contiguous()
     if not fits or not plain:
         raise _misfit(name, tensor, expected)
 
@@ -282,6 +282,13 @@ def _strides(spec: KernelSpec, weights: torch.Tensor, columns: int) -> tuple[int
     if spec.scheme is None:
         return weights.stride()[:2]
     return weights.stride(0), panel_bytes(columns, spec.scheme)
+
+
+def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Give a tensor contiguous and in a dtype; calls that change nothing take a microsecond."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
