@@ -1,9 +1,10 @@
-"""Time the CPU kernels of one MoE layer beside llama.cpp's on the same bits.
+"""Time the CPU kernels of one MoE layer beside transformers' and llama.cpp's.
 
     python -m benchmarks.kernels --shape qwen3-30b-a3b --kind bf16,int8,int4 --tokens 1,8,64,512
 
 The floor is the larger of the active experts' bytes over the measured read bandwidth and the FLOPs
-over the measured float32 product rate; integer products can go below it. llama.cpp's kernels are
+over the measured float32 product rate; integer products can go below it. transformers' contenders
+are its eager ones at the same dtype, beside low-bit kernels at bf16. llama.cpp's kernels are
 `benchmarks/ggml.py` (`pip install libggml-python`), without its repacking of weights at load time.
 """
 
@@ -18,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks import ggml
-from benchmarks.layer import DTYPES, SHAPES
+from benchmarks import dispatch, ggml, roofline
+from benchmarks.layer import DTYPES, SHAPES, make_layer, peers
 from benchmarks.timing import alternate, machine, narrow_to, product_rate, read_bandwidth, table
 from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.native.emit import emit
@@ -37,6 +39,14 @@ Call = Callable[..., object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One way to run the layer, and the bytes of an expert that it reads."""
+
+    run: Call
+    size: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One contender at one number of bits and of tokens."""
 
@@ -47,6 +57,11 @@ class Row:
     busy_milliseconds: float | None
     """With another process computing on one core."""
     floor_milliseconds: float
+    """Of this number of bits: peers in other dtypes have another one."""
+    gigabytes: float
+    """Of the active experts, as this contender stores them."""
+    gigaflops: float
+    """Floating-point operations, in units of 10^9: not a rate."""
     of_bandwidth: float
     """Bytes of active experts over the time, of what a plain read gets."""
     of_products: float
@@ -63,20 +78,28 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="also with a busy process beside")
     parser.add_argument("--isa", choices=["avx2"], help="hold everything to this instruction set")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the roofline")
     arguments = parser.parse_args()
     narrow_to(arguments.isa)
+    if arguments.plot:
+        roofline.require()
     bandwidth, rate = read_bandwidth(), product_rate()
     print(machine())
     print(f"reads {bandwidth / 1e9:.1f} GB/s, float32 products {rate / 1e9:.0f} GFLOP/s")
+    call = dispatch.measure()
+    print(dispatch.describe(call))
     if not ggml.installed():
         print("llama.cpp is not here: pip install libggml-python")
     rows: list[Row] = []
+    record: dict[str, object] = {"machine": machine(), "shape": arguments.shape}
+    record |= {"bandwidth": bandwidth, "product_rate": rate, "dispatch_microseconds": call.cost}
     for kind in arguments.kind.split(","):
         rows += measure(kind, arguments, bandwidth, rate)
-    if arguments.json:
-        record = {"machine": machine(), "shape": arguments.shape, "bandwidth": bandwidth}
-        record |= {"product_rate": rate, "results": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        record["results"] = [asdict(row) for row in rows]
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        if arguments.plot:
+            roofline.draw(record, arguments.plot)
 
 
 def measure(
@@ -85,7 +108,8 @@ def measure(
     """Time all contenders at one number of bits, and print the table."""
     shape = SHAPES[arguments.shape]
     weights = random_weights(shape)
-    ours, size = our_kernel(kind, shape, weights)
+    ours = our_kernel(kind, shape, weights)
+    layer = make_layer(shape, DTYPES.get(kind, torch.bfloat16))
     theirs = None
     if ggml.installed() and kind in ggml.TYPES:
         theirs = ggml.Layer(*weights, kind, torch.get_num_threads())
@@ -95,39 +119,62 @@ def measure(
             theirs.rest()
         time.sleep(SETTLE)
 
-    print(f"\n{kind}, {size / shape['experts'] / 1e6:.2f} MB an expert")
+    print(f"\n{kind}, {ours.size / 1e6:.2f} MB an expert")
     lines = [["", "ms", "of floor", "of read", "x products", *(["busy"] * arguments.busy)]]
     for tokens in map(int, arguments.tokens.split(",")):
         batches = [make_batch(shape, tokens) for _ in range(INPUTS)]
-        calls: dict[str, Call] = {"moecc": ours}
+        contenders = {"moecc": ours}
         if theirs is not None:
-            calls[f"ggml {ggml.NAMES[kind]}"] = theirs.graph(tokens, shape["active"])
-        timed = {name: _on(batches, run) for name, run in calls.items()}
-        times = alternate(timed, seconds=arguments.seconds, most=MOST, between=settle)
-        busy: dict[str, float] = {}
-        if arguments.busy:
-            with busy_process():
-                busy = alternate(timed, seconds=arguments.seconds, most=MOST, between=settle)
+            graph = theirs.graph(tokens, shape["active"])
+            contenders[f"ggml {ggml.NAMES[kind]}"] = Contender(run=graph, size=ours.size)
+        kernels = [*contenders]  # of these also the time with a busy process beside
+        contenders |= transformers_peers(layer, tokens)
+        timed = {name: _on(batches, one.run) for name, one in contenders.items()}
+        with torch.inference_mode():
+            times = alternate(timed, seconds=arguments.seconds, most=MOST, between=settle)
+            busy: dict[str, float] = {}
+            if arguments.busy:
+                beside = {name: timed[name] for name in kernels}
+                with busy_process():
+                    busy = alternate(beside, seconds=arguments.seconds, most=MOST, between=settle)
         active = sum(ids.unique().numel() for _, ids, _ in batches) / INPUTS
-        read = active * size / shape["experts"]
         flops = 6 * tokens * shape["active"] * shape["hidden"] * shape["intermediate"]
-        floor = max(read / bandwidth, flops / rate)
+        floor = max(active * ours.size / bandwidth, flops / rate)
         for name, took in times.items():
+            read = active * contenders[name].size
             row = Row(
                 contender=name,
                 kind=kind,
                 tokens=tokens,
                 milliseconds=took * 1e3,
-                busy_milliseconds=busy[name] * 1e3 if busy else None,
+                busy_milliseconds=busy[name] * 1e3 if name in busy else None,
                 floor_milliseconds=floor * 1e3,
+                gigabytes=read / 1e9,
+                gigaflops=flops / 1e9,
                 of_bandwidth=read / took / bandwidth,
                 of_products=flops / took / rate,
             )
             lines.append([f"T={tokens} {name}", f"{took * 1e3:.2f}", f"{floor / took:.0%}"])
             lines[-1] += [f"{row.of_bandwidth:.0%}", f"{row.of_products:.2f}"]
-            lines[-1] += [f"{busy[name] / took:.2f}x"] if busy else []
+            if busy:
+                lines[-1].append(f"{busy[name] / took:.2f}x" if name in busy else "")
             yield row
     print(table(lines), flush=True)
+
+
+def transformers_peers(layer: Qwen3MoeExperts, tokens: int) -> dict[str, Contender]:
+    """Name transformers' implementations, each with the dtype that it reads."""
+    dtype = layer.down_proj.dtype
+    label = next(name for name, kind in DTYPES.items() if kind == dtype)
+    size = sum(parameter[0].nbytes for parameter in layer.parameters())
+
+    def in_dtype(run: Call) -> Call:
+        return lambda hidden, ids, shares: run(hidden.to(dtype), ids, shares.to(dtype))
+
+    return {
+        f"{name} {label}": Contender(run=in_dtype(run), size=size)
+        for name, run in peers(layer, tokens, layer)
+    }
 
 
 def _on(batches: list[tuple[torch.Tensor, ...]], run: Call) -> Callable[[int], object]:
@@ -141,10 +188,8 @@ def random_weights(shape: dict[str, int]) -> tuple[torch.Tensor, ...]:
     return tuple((torch.randn(size) * size[1] ** -0.5).expand(experts, *size) for size in sizes)
 
 
-def our_kernel(
-    kind: str, shape: dict[str, int], weights: tuple[torch.Tensor, ...]
-) -> tuple[Call, int]:
-    """Give moecc's kernel with its own copy of the weights, and their bytes."""
+def our_kernel(kind: str, shape: dict[str, int], weights: tuple[torch.Tensor, ...]) -> Contender:
+    """Give moecc's kernel with its own copy of the weights."""
     scheme = SCHEMES.get(kind)
     dtype = torch.float32 if scheme else DTYPES[kind]
     spec = KernelSpec(
@@ -166,10 +211,12 @@ def our_kernel(
         gate, up, down = (one.to(dtype).contiguous() for one in weights)
     else:
         gate, up, down = (pack_experts(one, scheme) for one in weights)
-    run, bytes_read = emit(spec).run, sum(one.nbytes for one in (gate, up, down))
-    return (
-        lambda hidden, ids, shares: run(hidden.to(dtype), ids, shares, gate, down, None, None, up)
-    ), bytes_read
+    run, size = emit(spec).run, sum(one.nbytes for one in (gate, up, down)) / shape["experts"]
+
+    def call(hidden: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        return run(hidden.to(dtype), ids, shares, gate, down, None, None, up)
+
+    return Contender(run=call, size=size)
 
 
 def make_batch(shape: dict[str, int], tokens: int) -> tuple[torch.Tensor, ...]:

@@ -116,16 +116,23 @@ def make_inputs(layer: Qwen3MoeExperts, tokens: int) -> list[Batch]:
     return inputs
 
 
-def contenders(layer: Qwen3MoeExperts, tokens: int) -> Iterator[tuple[str, Callable[..., object]]]:
-    """Name every way to run the layer; compiled ones compile at their first call."""
+def peers(
+    layer: Qwen3MoeExperts, tokens: int, call: Callable[..., object]
+) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Name transformers' implementations that can run so many tokens; `call` is what runs them."""
     gathered = (
         tokens * layer.config.num_experts_per_tok * sum(p[0].nbytes for p in layer.parameters())
     )
     for name in IMPLEMENTATIONS:
-        if name == "batched_mm" and gathered > GATHER_LIMIT:
-            continue
-        yield name, _with_implementation(layer, name, layer)
-        yield f"{name} + inductor", _with_implementation(layer, name, torch.compile(layer))
+        if name != "batched_mm" or gathered <= GATHER_LIMIT:
+            yield name, _with_implementation(layer, name, call)
+
+
+def contenders(layer: Qwen3MoeExperts, tokens: int) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Name every way to run the layer; compiled ones compile at their first call."""
+    yield from peers(layer, tokens, layer)
+    for name, run in peers(layer, tokens, torch.compile(layer)):
+        yield f"{name} + inductor", run
     yield "moecc kernel", _kernel(layer)
     # A twin with the same weights: moecc runs a module that it compiled with its own kernels
     # outside of Dynamo too, and would answer for the other contenders.

@@ -63,7 +63,8 @@ struct Dot {
   using Input = typename L::Input;
   static constexpr int LENGTH = L::LENGTH;     // inputs are padded with zeros to whole lines
   static constexpr int UNITS = LENGTH;         // inputs that a packed line takes
-  static constexpr int PANEL = 128 / sizeof(Weight);  // rows a task: 256 KiB of 2048 stay in L2
+  static constexpr int64_t PANEL_BYTES = 256 << 10;  // of weights that stay in L2
+  static constexpr int PANEL = 128 / sizeof(Weight);  // rows a task: 256 KiB of 2048
   // Widening needs registers too: with 16 of them, a larger tile would spill.
   static constexpr int TILE_TOKENS = REGISTERS == 32 || sizeof(Weight) == 4 ? 6 : 4;
   static constexpr int BLOCK_BYTES = 24576;    // of L1, for the inputs and weights of a tile
@@ -84,22 +85,18 @@ struct Dot {
   }
 
   // out[t * width + r] = x[t] . weights[r] for `rows` rows. `next` are the rows that will be
-  // multiplied after these; they are fetched into L2 meanwhile.
+  // multiplied after these. Rows are taken as many at a time as stay in L2 with those after them,
+  // which are fetched meanwhile.
   static void product(Rows<Weight> weights, int rows, Rows<Weight> next, const Input* const* x,
                       int tokens, int64_t length, float* out, int width) {
-    int tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
-    Fetch fetch = {next.begin, next.stride, length, 0};
-    for (int tile = 0, t = 0; tile < tiles; ++tile) {
-      int count = (tokens - t + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal size
-      auto sweep = count == 1   ? &Dot::sweep<1>
-                   : count == 2 ? &Dot::sweep<2>
-                   : count == 3 ? &Dot::sweep<3>
-                   : count == 4 ? &Dot::sweep<4>
-                   : count == 5 ? &Dot::sweep<5>
-                                : &Dot::sweep<6>;
-      Panel panel = {weights.begin, weights.stride, rows, length, tile, tiles};
-      sweep(panel, x + t, fetch, out + t * width, width);
-      t += count;
+    int64_t bytes = PANEL * length * int64_t(sizeof(Weight));
+    int parts = int(std::clamp<int64_t>((bytes + PANEL_BYTES - 1) / PANEL_BYTES, 1, PANEL / 16));
+    int most = (PANEL / parts + 3) / 4 * 4;
+    for (int r = 0; r < rows; r += most) {
+      int count = std::min(most, rows - r);
+      Rows<Weight> some = at(weights.begin, weights.stride, r);
+      Rows<Weight> after = r + count < rows ? at(some.begin, weights.stride, count) : next;
+      part(some, count, after, x, tokens, length, out + r, width);
     }
   }
 
@@ -127,6 +124,24 @@ struct Dot {
       if (along >= length) along = 0, row += stride;
     }
   };
+
+  static void part(Rows<Weight> weights, int rows, Rows<Weight> next, const Input* const* x,
+                   int tokens, int64_t length, float* out, int width) {
+    int tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    Fetch fetch = {next.begin, next.stride, length, 0};
+    for (int tile = 0, t = 0; tile < tiles; ++tile) {
+      int count = (tokens - t + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal size
+      auto sweep = count == 1   ? &Dot::sweep<1>
+                   : count == 2 ? &Dot::sweep<2>
+                   : count == 3 ? &Dot::sweep<3>
+                   : count == 4 ? &Dot::sweep<4>
+                   : count == 5 ? &Dot::sweep<5>
+                                : &Dot::sweep<6>;
+      Panel panel = {weights.begin, weights.stride, rows, length, tile, tiles};
+      sweep(panel, x + t, fetch, out + t * width, width);
+      t += count;
+    }
+  }
 
   struct Span { int64_t from, to, length; };  // a block [from, to) of the reduction
 

@@ -9,6 +9,8 @@ sum adds experts in ascending order. Where the CPU has bf16 dot products and a b
 product is output-major, activated values are rounded to bf16 before it, as eager torch does;
 elsewhere they stay float32. With low-bit weights the inputs of both products are rounded to 8 bits,
 one scale a block (`Scheme.block`), so that products are integer dot products.
+
+Calls use torch's number of threads, or fewer: `team.h` says when. A forked child uses one.
 """
 
 import ctypes
@@ -125,9 +127,9 @@ def _call(
     _check_weights(spec, held, gate_up, down, up)
     _check_biases(spec, gate_up_bias, down_bias)
     hidden, ids, weights = tokens
-    x = hidden.to(spec.dtype).contiguous()
-    ids = ids.to(torch.int64).contiguous()
-    weights = weights.to(torch.float32).contiguous()
+    x = _plain(hidden, spec.dtype)
+    ids = _plain(ids, torch.int64)
+    weights = _plain(weights, torch.float32)
     biases = _flat(gate_up_bias), _flat(down_bias)
     layer = _Layer(
         *map(_address, (x, ids, weights, gate_up, up, down, *biases, out)),
@@ -168,7 +170,11 @@ def write(spec: KernelSpec) -> str:
     ]
     products = ("quantized.h",) if spec.scheme else ("dot.h", "axpy.h")
     return "\n".join(
-        [*map(_template, ("vec.h", "math.h", *products)), *facts, _template("experts.cpp")]
+        [
+            *map(_template, ("vec.h", "math.h", *products, "team.h")),
+            *facts,
+            _template("experts.cpp"),
+        ]
     )
 
 
@@ -216,7 +222,7 @@ def _check_routing(
 ) -> None:
     """Raise `InputError` unless the tensors that change with every call fit the spec."""
     for name, tensor in (("hidden", hidden), ("ids", ids), ("weights", weights)):
-        if tensor.device.type != "cpu" or tensor.dim() != 2:
+        if not tensor.is_cpu or tensor.dim() != 2:
             raise _misfit(name, tensor, "two dimensions on cpu")
     if hidden.shape[1] != spec.hidden:
         raise _misfit("hidden", hidden, f"[T, {spec.hidden}]")
@@ -288,7 +294,7 @@ def _check_weight(
     expected = f"{spec.dtype} {[*shape]} on cpu"
     if tensor is None:
         raise InputError(f"{name} is missing; expected {expected}")
-    if tensor.shape != shape or tensor.dtype != spec.dtype or tensor.device.type != "cpu":
+    if tensor.shape != shape or tensor.dtype != spec.dtype or not tensor.is_cpu:
         raise _misfit(name, tensor, expected)
     if strided and tensor.stride(-1) != 1 and shape[-1] != 1:
         raise _misfit(name, tensor, "its last dimension contiguous (stride 1); call .contiguous()")
@@ -304,7 +310,7 @@ def _check_packed(
     if tensor is None:
         raise InputError(f"{name} is missing; expected {expected}")
     fits = tensor.shape == (shape[0], packed_bytes(*shape[1:], scheme))
-    plain = tensor.dtype == torch.uint8 and tensor.device.type == "cpu" and tensor.stride(-1) == 1
+    plain = tensor.dtype == torch.uint8 and tensor.is_cpu and tensor.stride(-1) == 1
     if not fits or not plain:
         raise _misfit(name, tensor, expected)
 
@@ -314,6 +320,13 @@ def _strides(spec: KernelSpec, weights: torch.Tensor, columns: int) -> tuple[int
     if spec.scheme is None:
         return weights.stride()[:2]
     return weights.stride(0), panel_bytes(columns, spec.scheme)
+
+
+def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Give a tensor contiguous and in a dtype; calls that change nothing take a microsecond."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,8 +4,6 @@
 // order and type of inputs), GATED, INTERLEAVED, BIAS and activate(). Shapes, strides and the number
 // of threads are arguments.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -226,20 +224,29 @@ static void share(std::atomic<int64_t>& counter, int64_t tasks, Task task) {
   }
 }
 
+static Team team;
+
 static void run(const Layer& layer) {
   const Run run{layer};
   std::atomic<int64_t> first{0}, second{0};
-#pragma omp parallel num_threads(int(layer.threads))
+  int64_t start = nanoseconds();
+  int threads = team.size(layer.threads, start);
+  Waits waits(threads);
+#pragma omp parallel num_threads(threads)
   {
     alignas(64) float products[CHUNK * std::max(First::PANEL, Second::PANEL)];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < layer.T; ++t) run.pack(t);
+    waits.meet();
     share(first, run.first_tasks(),
           [&](int64_t task, int64_t next) { run.first(task, next, products); });
-#pragma omp barrier
+    waits.meet();
     share(second, run.second_tasks(),
           [&](int64_t task, int64_t next) { run.second(task, next, products); });
+    waits.leave();
   }
+  int64_t end = nanoseconds();
+  if (threads > 1) team.record(layer.threads, threads, start, end, waits.median(end));
 }
 
 // Returns 0, or 1 when there is not enough memory.

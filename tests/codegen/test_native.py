@@ -70,6 +70,15 @@ def test_a_token_does_not_depend_on_the_batch_or_on_the_threads(style, dtype):
         assert torch.equal(alone, together[:count])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_too_long_for_a_panel_in_l2_are_taken_in_parts(dtype):
+    torch.manual_seed(3)
+    spec = make_spec("silu", dtype, experts=2, h=3000, i=5001)
+    batch, weights = make_batch(spec, 7, 2), make_experts(spec)
+    error = (emit(spec).run(*batch, *weights).double() - definition(spec, batch, weights)).norm()
+    assert error <= TOLERANCE[dtype] * terms(spec, batch, weights).norm()
+
+
 def test_an_id_outside_the_experts_contributes_nothing():
     spec = make_spec("gpt-oss", torch.float32)
     (hidden, ids, scores), weights = make_batch(spec, 6, 2), make_experts(spec)

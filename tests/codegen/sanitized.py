@@ -1,0 +1,98 @@
+"""Run native kernels in a program of their own that the address and UB sanitizers watch."""
+
+import ctypes
+import functools
+import os
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from moecc.codegen.native import build, emit
+from moecc.codegen.spec import KernelSpec
+
+FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+_HOLDER = tempfile.TemporaryDirectory(prefix="moecc-sanitized-")
+
+
+class Found(AssertionError):
+    """What a sanitizer said."""
+
+
+def run_sanitized(
+    spec: KernelSpec, *tensors: torch.Tensor | None, change: tuple[str, str] | None = None
+) -> torch.Tensor:
+    """Run a spec's kernel under the sanitizers, with `change` made in its source; give its output.
+
+    Raises `Found` when a sanitizer finds something.
+    """
+    buffers: dict[int, torch.Tensor] = {}
+
+    def address(tensor: torch.Tensor | None) -> int | None:
+        if tensor is None or not tensor.numel():
+            return None
+        return buffers.setdefault(tensor.data_ptr(), tensor).data_ptr()
+
+    def load(source: str) -> Callable[..., int]:
+        if change is not None:
+            assert change[0] in source
+            source = source.replace(*change)
+        flags = f"{os.environ.get('CXXFLAGS', '')} {FLAGS}"
+        return functools.partial(_call, _library(source, flags), buffers)
+
+    with mock.patch.object(emit, "_address", address), mock.patch.object(emit, "_load", load):
+        return emit.emit(spec).run(*tensors)
+
+
+def _call(library: Path, buffers: dict[int, torch.Tensor], reference: object) -> int:
+    layer: ctypes.Structure = reference._obj  # what ctypes.byref was given
+    values = {name: getattr(layer, name) or 0 for name, _ in layer._fields_}
+    words = [
+        _buffer(buffers[value]) if value in buffers else struct.pack("qq", -1, value)
+        for value in values.values()
+    ]
+    folder = Path(_HOLDER.name)
+    case, result = folder / "case", folder / "result"
+    case.write_bytes(b"".join(words))
+    done = subprocess.run(
+        [_program(), library, case, result],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"},
+    )
+    if done.returncode:
+        raise Found(f"exit {done.returncode}: {done.stderr[:2000]}")
+    if values["out"]:  # there are tokens
+        output = result.read_bytes()
+        ctypes.memmove(values["out"], output, len(output))
+    return 0
+
+
+def _buffer(tensor: torch.Tensor) -> bytes:
+    """Give all bytes from a tensor's first to its last element, and how they are aligned."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    size = (1 + sum((length - 1) * step for length, step in steps)) * tensor.itemsize
+    place = tensor.data_ptr()
+    return struct.pack("qq", size, place % 16) + ctypes.string_at(place, size)
+
+
+@functools.cache
+def _library(source: str, flags: str) -> Path:
+    """Build with sanitizers; the compiler is found without, since its probe is loaded here."""
+    compiler = build.find_compiler()
+    with mock.patch.dict(os.environ, CXXFLAGS=flags):
+        return build.build(source, compiler)
+
+
+@functools.cache
+def _program() -> Path:
+    program = Path(_HOLDER.name) / "call_kernel"
+    source = Path(__file__).with_name("call_kernel.cpp")
+    command = [*build.find_compiler(), "-std=c++17", *FLAGS.split(), "-o", program, source, "-ldl"]
+    subprocess.run(command, check=True)
+    return program
