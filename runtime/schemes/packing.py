@@ -9,39 +9,70 @@ One vector of a kernel then belongs to as many rows, and sums need no addition a
 are filled up to whole panels and columns to whole blocks; what is filled up is multiplied by zero.
 """
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 
 from moecc.runtime.errors import InputError
-from moecc.runtime.schemes import int4, int8, mxfp4
+from moecc.runtime.schemes import grouped, int8, mxfp4
 from moecc.runtime.schemes.scheme import Quantized, Scheme
 
 ROWS = 16
 LINE = 64
 
 
+class Format(Protocol):
+    """What the file of a format has: each rounds or gives back one matrix [N, K]."""
+
+    def nearest(self, weight: torch.Tensor, scheme: Scheme) -> Quantized:
+        """Round to nearest."""
+        ...
+
+    def quantize(self, weight: torch.Tensor, scheme: Scheme) -> Quantized:
+        """Round with fitted scales."""
+        ...
+
+    def dequantize(self, quantized: Quantized, scheme: Scheme) -> torch.Tensor:
+        """Give what codes stand for."""
+        ...
+
+
+FORMATS: Mapping[str, Format] = {"int8": int8, "int4": grouped, "mxfp4": mxfp4}
+
+
 def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     """Quantize a matrix [N, K]; columns are filled up to whole blocks.
 
-    Raises `InputError` when a weight is not finite.
+    Raises `InputError` when a weight is not finite, or too large for the scheme's scales.
     """
-    if not weight.isfinite().all():
-        raise InputError(
-            f"weights of shape {[*weight.shape]} hold inf or NaN; {scheme} has neither"
-        )
-    weight = F.pad(weight, (0, -weight.shape[1] % scheme.block))
-    if scheme.name == "int8":
-        return int8.quantize(weight)
-    return int4.quantize(weight, scheme) if scheme.name == "int4" else mxfp4.quantize(weight)
+    return FORMATS[scheme.name].quantize(_in_blocks(weight, scheme), scheme)
+
+
+def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Quantize a matrix as `quantize` does, by plain rounding: what a fit has to be better than."""
+    return FORMATS[scheme.name].nearest(_in_blocks(weight, scheme), scheme)
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Give the float32 matrix [N, K] that codes stand for."""
-    if scheme.name == "int8":
-        return int8.dequantize(quantized)
-    if scheme.name == "int4":
-        return int4.dequantize(quantized, scheme)
-    return mxfp4.dequantize(quantized)
+    return FORMATS[scheme.name].dequantize(quantized, scheme)
+
+
+def _in_blocks(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Fill columns up with those of the last block, over and over, so that its fit stays theirs."""
+    if not weight.isfinite().all():
+        raise InputError(
+            f"weights of shape {[*weight.shape]} hold inf or NaN; {scheme} has neither"
+        )
+    columns, block = weight.shape[1], scheme.block
+    whole = columns // block * block
+    if whole == columns:
+        return weight
+    column = torch.arange(_filled(columns, block), device=weight.device)
+    column[columns:] = whole + (column[columns:] - whole) % (columns - whole)
+    return weight[:, column]
 
 
 def panel_bytes(columns: int, scheme: Scheme) -> int:
