@@ -6,7 +6,7 @@ from functools import cache
 from moecc.codegen import low_bit, reference
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime.errors import BuildError, UnsupportedSpec
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 PREFERRED: Mapping[str, str] = {"cuda": "triton", "cpu": "native"}
 """The emitter that `kernels="auto"` means, by device type."""
@@ -14,20 +14,20 @@ PREFERRED: Mapping[str, str] = {"cuda": "triton", "cpu": "native"}
 
 @cache
 def choose(
-    spec: KernelSpec, emitter: str = "auto", scheme: Scheme | None = None
+    spec: KernelSpec, emitter: str = "auto", schemes: Schemes | None = None
 ) -> tuple[Kernel, tuple[str, ...]]:
-    """Emit a spec's kernel, on low-bit copies of the weights if there is a scheme.
+    """Emit a spec's kernel, on low-bit copies of the weights if there are schemes.
 
     Returns the kernel and the reasons of the emitters that declined, which belong in the report:
     weights then keep their dtype, and the torch definition is the last resort.
     """
     wanted = PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
     declined: list[str] = []
-    if scheme is not None:
+    if schemes is not None:
         try:
-            return low_bit.emit(spec, scheme, wanted), ()
+            return low_bit.emit(spec, schemes, wanted), ()
         except (UnsupportedSpec, BuildError) as error:
-            declined.append(f"weights are not quantized to {scheme}: {error}")
+            declined.append(f"weights are not quantized to {schemes}: {error}")
     try:
         return _emitter(wanted)(spec), tuple(declined)
     except (UnsupportedSpec, BuildError) as error:

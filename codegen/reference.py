@@ -53,7 +53,7 @@ def experts_torch(
     Products run in the weights' dtype, the weighted sum over k in float32 or wider.
     """
     tokens, active = ids.shape
-    if spec.scheme is not None:
+    if spec.schemes is not None:
         gate_up, down, up = _unpacked(spec, gate_up, down, up)
     wide = torch.promote_types(spec.dtype, torch.float32)
     terms = torch.zeros(tokens, active, hidden.shape[-1], dtype=wide, device=hidden.device)
@@ -82,14 +82,12 @@ def _unpacked(
     spec: KernelSpec, gate_up: torch.Tensor, down: torch.Tensor, up: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Give what packed weights stand for, in the model's dtype; all experts at once."""
-    assert spec.scheme is not None
+    assert spec.schemes is not None
     first = (spec.experts, spec.intermediate, spec.hidden)
     second = (spec.experts, spec.hidden, spec.intermediate)
-    gate, low = (
-        unpack_experts(packed, shape, spec.scheme).to(spec.dtype)
-        for packed, shape in ((gate_up, first), (down, second))
-    )
-    wide = None if up is None else unpack_experts(up, first, spec.scheme).to(spec.dtype)
+    gate = unpack_experts(gate_up, first, spec.schemes.first).to(spec.dtype)
+    low = unpack_experts(down, second, spec.schemes.second).to(spec.dtype)
+    wide = None if up is None else unpack_experts(up, first, spec.schemes.first).to(spec.dtype)
     return gate, low, wide
 
 

@@ -26,7 +26,7 @@ from moecc.passes.pattern import FLOATS
 from moecc.runtime import ops
 from moecc.runtime.errors import StrictError
 from moecc.runtime.modules import named_modules
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 _MARK = "_moecc"
 _ROLES = {
@@ -45,8 +45,8 @@ class Road:
     """How one adopted experts module runs outside Dynamo."""
 
     options: Options
-    scheme: Scheme | None = None
-    """What its weights are quantized to."""
+    schemes: Schemes | None = None
+    """What the weights of its products are quantized to."""
     kernel: Kernel | None = None
     made_for: tuple[Any, ...] = ()
     declined: str = ""
@@ -68,7 +68,7 @@ def adopt(model: nn.Module, options: Options) -> None:
         if known is not None and known.options == options:
             continue  # compiled again: keep counting
         if all(hasattr(module, name) for name in _ATTRIBUTES):
-            adopted[module] = Road(options, options.scheme(path))
+            adopted[module] = Road(options, options.schemes(path))
 
 
 def release(model: nn.Module) -> None:
@@ -283,7 +283,7 @@ def _choose(module: Any, road: Road) -> tuple[Kernel | None, str]:
         bias=bool(module.has_bias),
         device=module.down_proj.device.type,
     )
-    kernel, declined = choose(spec, road.options.kernels, road.scheme)
+    kernel, declined = choose(spec, road.options.kernels, road.schemes)
     return kernel, "; ".join(declined)
 
 

@@ -19,16 +19,29 @@ from moecc.runtime.schemes.packing import (
     unpack,
     unpack_experts,
 )
-from moecc.runtime.schemes.scheme import INT8, MXFP4, SCHEMES, Quantized, Scheme, int4
+from moecc.runtime.schemes.scheme import (
+    FP8,
+    FP8_BLOCKS,
+    INT8,
+    MXFP4,
+    SCHEMES,
+    Quantized,
+    Scheme,
+    int4,
+)
 
-schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
+schemes = pytest.mark.parametrize("scheme", dict.fromkeys(SCHEMES.values()), ids=str)
 
 
 def steps(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Give half the distance of neighbouring codes for every weight: what rounding may cost."""
     groups = weight.unflatten(1, (-1, scheme.group)) if scheme.group else weight.unsqueeze(1)
     size = groups.abs().amax(-1, keepdim=True)
-    if scheme.name == "int8":
+    if scheme.name == "fp8":
+        if scheme.rows > 1:
+            size = size.amax(0, keepdim=True)  # 48 rows are one block
+        half = torch.maximum(groups.abs() / 16, size / 448 * 2.0**-10)
+    elif scheme.name == "int8":
         half = size / 127 / 2
     elif scheme.name == "mxfp4":
         unit = torch.exp2(size.log2().floor() - 2)  # of a group: the last code is 6
@@ -36,9 +49,15 @@ def steps(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         gap = torch.where(parts > 4, 1, torch.where(parts > 2, 0.5, 0.25))
         half = unit * torch.where(parts > 6, parts - 6, gap)
     elif scheme.zeros:
-        half = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15 / 2
+        half = (
+            (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True))
+            / (2**scheme.bits - 1)
+            / 2
+        )
     else:
-        half = size / 8  # one step: codes end at 7/8 on the side without the largest weight
+        half = size / 2 ** (
+            scheme.bits - 1
+        )  # one step: codes end at 7/8 on the side without the largest weight
     return (half.expand_as(groups)).reshape(weight.shape)
 
 
@@ -71,7 +90,7 @@ def test_fitted_scales_are_nearer_than_rounding_to_nearest(scheme: Scheme, tails
     assert fitted <= plain * LESS[scheme.name]
 
 
-LESS = {"int8": 1.0, "int4": 0.96, "mxfp4": 0.95}
+LESS = {"int8": 1.0, "fp8": 1.0, "int2": 0.9, "int3": 0.95, "int4": 0.96, "mxfp4": 0.95}
 """Part of the plain error that has to be left at most."""
 
 
@@ -107,7 +126,7 @@ def test_weights_beyond_the_scales_of_a_scheme_are_refused(scheme: Scheme) -> No
 
 
 @schemes
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 99))
 def test_unpacking_undoes_packing(scheme: Scheme, rows: int, columns: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -178,4 +197,9 @@ def test_groups_that_kernels_lack_are_named() -> None:
 
 def test_names() -> None:
     assert str(int4(64, zeros=True)) == "int4-g64-zeros"
+    assert [str(one) for one in (FP8, FP8_BLOCKS, SCHEMES["int2"])] == [
+        "fp8",
+        "fp8-b128",
+        "int2-g32",
+    ]
     assert (str(INT8), str(MXFP4)) == ("int8", "mxfp4")
