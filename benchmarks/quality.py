@@ -25,16 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.perplexity import ROWS, WINDOW, find_texts
 from benchmarks.rounding import Contender, contenders, missing
 from benchmarks.timing import machine, table
-from moecc.runtime.schemes.budget import allocate, relative_error
+from moecc.runtime.schemes.budget import CANDIDATES, allocate, relative_error
 from moecc.runtime.schemes.packing import dequantize, quantize
 from moecc.runtime.schemes.scheme import SCHEMES, Scheme
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 AS_RUN = ("int8", "int4", "int4-g32-zeros", "mxfp4", "fp8")
 BUDGETS = (4.25, 4.5, 5.0)
-CANDIDATES = [
-    one for name, one in SCHEMES.items() if one.name in ("int8", "int4", "int3") and "-" in name
-] + [SCHEMES["int8"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

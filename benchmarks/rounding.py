@@ -3,7 +3,7 @@
 Peers are optional: `pip install hqq gguf torchao`. A peer that is not there is left out by name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -32,16 +32,7 @@ class Contender:
 
 def contenders() -> Iterator[Contender]:
     """Give moecc's schemes, the same rounded to nearest, and the peers that are there."""
-    schemes = {str(one): one for one in SCHEMES.values()}
-    for name, scheme in sorted(schemes.items()):
-        if scheme.bits < 4 and scheme.group != 64:
-            continue  # one size is enough of what is experimental
-        for family, quantize in (("moecc", packing.quantize), ("nearest", packing.nearest)):
-            if family == "moecc" or scheme.bits < 8:  # at 8 bits they are the same
-                rounded = partial(_ours, quantize, scheme)
-                yield Contender(
-                    name=name, family=family, bits=scheme.bits_per_weight, rounded=rounded
-                )
+    yield from _own(one for one in SCHEMES.values() if one.bits >= 4)
     if find_spec("gguf"):
         for kind, bits in (("Q8_0", 8.5), ("Q4_0", 4.5), ("Q4_1", 5.0), ("MXFP4", 4.25)):
             yield Contender(name=kind, family="llama.cpp", bits=bits, rounded=partial(_gguf, kind))
@@ -55,6 +46,20 @@ def contenders() -> Iterator[Contender]:
             rounded = partial(_torchao, group)
             stored = 4 + 16 / group
             yield Contender(name=f"int4 g{group}", family="torchao", bits=stored, rounded=rounded)
+    yield from _own(one for one in SCHEMES.values() if one.bits < 4 and one.group == 64)
+
+
+def _own(schemes: Iterable[Scheme]) -> Iterator[Contender]:
+    """Give schemes as moecc fits them, and rounded to nearest where that differs."""
+    for scheme in dict.fromkeys(schemes):
+        for family, quantize in (("moecc", packing.quantize), ("nearest", packing.nearest)):
+            if family == "moecc" or scheme.bits < 8:
+                yield Contender(
+                    name=str(scheme),
+                    family=family,
+                    bits=scheme.bits_per_weight,
+                    rounded=partial(_ours, quantize, scheme),
+                )
 
 
 def missing() -> list[str]:

@@ -17,6 +17,7 @@ _PROJECTIONS = {
     "down_proj": ("down_proj",),
 }
 """What patterns may call each matrix of an expert."""
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)bpw")
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS = _DECIMAL | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -48,12 +49,23 @@ class Options:
             )
         return Schemes(first=gate, second=down) if gate and down else None
 
+    @property
+    def budget(self) -> float | None:
+        """Bits a weight to share among blocks (`moecc.budgets`), if that was asked for."""
+        found = _BUDGET.fullmatch(self.quantize) if isinstance(self.quantize, str) else None
+        return float(found[1]) if found else None
+
     def by_projection(self, path: str) -> dict[str, Scheme | None]:
         """Give what each projection of a block gets: of a mapping, from the first pattern.
 
         Patterns match `<block path>.<projection>`, where `gate_up_proj` is gate and up, or the
         block's path alone.
         """
+        if self.budget is not None:
+            raise OptionError(
+                f"quantize={self.quantize!r} shares bits among all blocks of a model, and here is "
+                "only a graph of it; give torch.compile the model itself, or quantize a mapping"
+            )
         if self.quantize is None or isinstance(self.quantize, str):
             return dict.fromkeys(_PROJECTIONS, SCHEMES[self.quantize] if self.quantize else None)
         found: dict[str, Scheme | None] = {}
@@ -110,10 +122,16 @@ def _bad(key: str, value: Any, allowed: str) -> OptionError:
 
 def _quantize(value: Any) -> Any:
     allowed = (
-        f"None, one of {list(SCHEMES)}, or a mapping to them from patterns of block paths or "
-        "projections ('*.down_proj')"
+        f"None, one of {list(SCHEMES)}, a mapping to them from patterns of block paths or "
+        "projections ('*.down_proj'), or bits a weight above 2 and up to 8.5 ('4.5bpw')"
     )
     if value is None or (isinstance(value, str) and value in SCHEMES):
+        return value
+    if (
+        isinstance(value, str)
+        and (found := _BUDGET.fullmatch(value))
+        and 2 < float(found[1]) <= 8.5
+    ):
         return value
     if isinstance(value, Mapping):
         pairs = dict(cast(Mapping[Any, Any], value))

@@ -152,6 +152,42 @@ def test_ways_to_name_a_projection(patterns: dict[str, str]) -> None:
     assert found == Schemes(first=INT8, second=SCHEMES["int4"])
 
 
+def test_a_budget_becomes_a_scheme_for_each_projection() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    with torch.no_grad():  # easy to round: of a group, all weights are equal
+        model.model.layers[0].mlp.experts.down_proj.fill_(0.5)
+    options = {"inner": "eager", "quantize": "5bpw", "strict": True}
+    compiled = torch.compile(model, backend="moecc", options=options)
+    with torch.no_grad():
+        inside, outside = compiled(PROMPT).logits, model(PROMPT).logits
+    assert relative_error(inside, outside) < 1e-5
+    report = moecc.report(model)
+    kernels = [block["kernel"].split(":")[0] for block in report.graphs[0].blocks]
+    first, second = (name.removeprefix("native ") for name in kernels)
+    assert first.endswith(" + int2-g64-zeros")
+    assert "int2" not in second
+    assert options["quantize"] == "5bpw"  # what the user holds is not written to
+
+
+def test_a_budget_needs_the_model() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    compiled = torch.compile(
+        lambda x: model(x).logits, backend="moecc", options={"quantize": "4.5bpw"}
+    )
+    with torch.no_grad(), pytest.raises(Exception, match=r"give torch\.compile the model itself"):
+        compiled(PROMPT)
+    with pytest.raises(OptionError, match="no fused expert weights in this model"):
+        torch.compile(torch.nn.Linear(4, 4), backend="moecc", options={"quantize": "4.5bpw"})
+    with pytest.raises(OptionError, match=r"'2\.1bpw' is too small: the smallest schemes take"):
+        torch.compile(model, backend="moecc", options={"quantize": "2.1bpw"})
+
+
+@pytest.mark.parametrize("bad", ["2bpw", "9bpw", "bpw", "-3bpw", "4.5 bpw"])
+def test_bits_beyond_what_schemes_have_are_refused(bad: str) -> None:
+    with pytest.raises(OptionError, match=r"above 2 and up to 8\.5"):
+        Options.parse({"quantize": bad})
+
+
 def test_the_reference_kernel_is_the_weights_that_codes_stand_for() -> None:
     model: Any = tiny_model("qwen3_moe")
     options = {"inner": "eager", "quantize": "int4", "kernels": "torch"}

@@ -18,7 +18,13 @@ import torch
 
 from moecc.runtime.errors import InputError
 from moecc.runtime.schemes.packing import dequantize, quantize
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import INT8, Scheme, grouped, int4
+
+CANDIDATES = (
+    *(grouped("int2", 64, zeros=True), grouped("int3", 64), grouped("int3")),
+    *(int4(128), int4(64), int4(64, zeros=True), int4(), int4(zeros=True), INT8),
+)
+"""What a matrix may get, from few bits to many."""
 
 Point = tuple[int, int, float]
 """A candidate: its index, bytes and error."""
