@@ -7,7 +7,8 @@ FOLDER is a checkpoint of `benchmarks.train_reference`. The expert weights of a 
 by what their codes stand for, and the rest stays as it is, so that contenders differ in nothing but
 the rounding of weights; all are calibration-free. `as run` rows are moecc's own kernels, which
 round inputs to 8 bits too. `4.5bpw` is the budget of `moecc.runtime.schemes.budget`, beside the
-uniform scheme with as many bits. Results are written after each model.
+uniform scheme with as many bits. Bits are those of rows that whole groups fill: the shipped model's
+rows of 48 take more. Results are written after each model.
 """
 
 import argparse
@@ -56,8 +57,8 @@ class Subject:
 
     def __init__(self, folder: str, tokens: int | None) -> None:
         """Load a checkpoint and its validation texts; `tokens` limits those of each kind."""
-        self.name = Path(folder).resolve().name
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.name: str = self._model.config.model_type
         tokenizer = AutoTokenizer.from_pretrained(folder)
         texts = [path.read_text(encoding="utf-8") for path in find_texts(folder)]
         ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
@@ -84,7 +85,8 @@ class Subject:
     def write(self, path: str, weights: torch.Tensor) -> None:
         """Replace expert matrices by others."""
         with torch.no_grad():
-            self._model.get_parameter(path).copy_(weights)
+            own = self._model.get_parameter(path)
+            own.copy_(weights.reshape(own.shape))
 
     def restore(self) -> None:
         """Write the model's own weights back."""
@@ -128,30 +130,32 @@ def measure_all(subject: Subject) -> Iterator[Measured]:
 
 def _round(subject: Subject, contender: Contender) -> None:
     for path, weights in subject.matrices():
-        flat = weights.flatten(0, 1)  # groups lie along rows, so experts may be stacked
+        # Groups lie along rows, so experts may be stacked, but blocks of rows end with an expert.
         if contender.name.startswith("fp8-b"):
             known = torch.stack([contender.rounded(one) for one in weights])
         else:
-            known = contender.rounded(flat).reshape(weights.shape)
+            known = contender.rounded(weights.flatten(0, 1))
         subject.write(path, known)
 
 
 def _budgets(subject: Subject) -> Iterator[Measured]:
     """Share bits among blocks and projections by relative error, weighed by their size."""
-    paths = [path for path, _ in subject.matrices()]
-    own = [weights.flatten(0, 1) for _, weights in subject.matrices()]
-    errors = [[relative_error([flat], one) * flat.numel() for one in CANDIDATES] for flat in own]
-    sizes = [[_bytes(flat, one) for one in CANDIDATES] for flat in own]
+    own = {path: weights.flatten(0, 1) for path, weights in subject.matrices()}
+    weights = sum(flat.numel() for flat in own.values())
+    errors = [
+        [relative_error([flat], one) * flat.numel() for one in CANDIDATES] for flat in own.values()
+    ]
+    sizes = [[_bytes(flat, one) for one in CANDIDATES] for flat in own.values()]
     for bits in BUDGETS:
-        budget = int(bits * sum(flat.numel() for flat in own) / 8)
-        chosen = [CANDIDATES[c] for c in allocate(errors, sizes, budget)]
-        for path, flat, scheme in zip(paths, own, chosen, strict=True):
+        picked = allocate(errors, sizes, int(bits * weights / 8))
+        chosen = [CANDIDATES[number] for number in picked]
+        for (path, flat), scheme in zip(own.items(), chosen, strict=True):
             known = dequantize(quantize(flat, scheme), scheme)[:, : flat.shape[1]]
-            subject.write(path, known.reshape(subject._own[path].shape))
-        spent = sum(_bytes(flat, one) for flat, one in zip(own, chosen, strict=True))
-        used = 8 * spent / sum(flat.numel() for flat in own)
-        print({str(one): chosen.count(one) for one in chosen})
-        yield subject.measure(f"{bits}bpw", "moecc, mixed", used)
+            subject.write(path, known)
+        spent = sum(map(_bytes, own.values(), chosen))
+        counts = ", ".join(f"{chosen.count(one)} {one}" for one in dict.fromkeys(chosen))
+        print(f"{bits}bpw: {counts}")
+        yield subject.measure(f"{bits}bpw", "moecc, mixed", 8 * spent / weights)
 
 
 def _bytes(flat: torch.Tensor, scheme: Scheme) -> int:

@@ -22,7 +22,8 @@ from moecc.runtime.schemes.scheme import INT8, Scheme, grouped, int4
 
 CANDIDATES = (
     *(grouped("int2", 64, zeros=True), grouped("int3", 64), grouped("int3")),
-    *(int4(128), int4(64), int4(64, zeros=True), int4(), int4(zeros=True), INT8),
+    *(int4(128), int4(128, zeros=True), int4(64), int4(64, zeros=True)),
+    *(int4(), int4(zeros=True), INT8),
 )
 """What a matrix may get, from few bits to many."""
 
