@@ -28,7 +28,7 @@ from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.native.emit import emit
 from moecc.codegen.spec import KernelSpec
 from moecc.runtime.schemes.packing import pack_experts
-from moecc.runtime.schemes.scheme import SCHEMES
+from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
 INPUTS = 8
 MOST = 40
@@ -204,7 +204,7 @@ def our_kernel(kind: str, shape: dict[str, int], weights: tuple[torch.Tensor, ..
         down_transposed=False,
         bias=False,
         split=True,
-        scheme=scheme,
+        schemes=Schemes(first=scheme, second=scheme) if scheme else None,
         device="cpu",
     )
     if scheme is None:

@@ -2,6 +2,9 @@
 
     apt-get install bible-kjv r-cran-janeaustenr
     python -m benchmarks.train_reference --minutes 70 --out benchmarks/reference
+    python -m benchmarks.train_reference --family mixtral --minutes 18 --out FOLDER
+
+The second is the other architecture that `benchmarks.quality` measures: few and wide experts.
 
 Three kinds of text give the experts something to specialise in: prose (Jane Austen's novels),
 verse (the King James Bible) and code (Python's standard library). Nothing is downloaded. Training
@@ -24,7 +27,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from benchmarks.perplexity import find_texts, print_losses
@@ -106,8 +115,40 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, model_max_length=512)
 
 
-def make_model() -> Qwen3MoeForCausalLM:
-    """Build the untrained model: 6.3 million parameters, 1.7 million of them used per token."""
+Model = Qwen3MoeForCausalLM | MixtralForCausalLM
+
+
+def make_model(family: str) -> Model:
+    """Build the untrained model of a family."""
+    model = {"qwen3_moe": make_qwen3, "mixtral": make_mixtral}[family]()
+    model.set_experts_implementation("sorted")
+    return model
+
+
+def make_mixtral() -> MixtralForCausalLM:
+    """Build 2.2 million parameters, 0.8 million of them used per token."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=BALANCE,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def make_qwen3() -> Qwen3MoeForCausalLM:
+    """Build 6.3 million parameters, 1.7 million of them used per token."""
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
@@ -127,9 +168,7 @@ def make_model() -> Qwen3MoeForCausalLM:
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("sorted")
-    return model
+    return Qwen3MoeForCausalLM(config)
 
 
 class SortedExperts(torch.autograd.Function):
@@ -197,7 +236,7 @@ def measure_balance(router_logits: torch.Tensor, active: int) -> torch.Tensor:
     return router_logits.shape[1] * (share * router_logits.softmax(-1).mean(0)).sum()
 
 
-def compute_loss(model: Qwen3MoeForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def compute_loss(model: Model, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the language loss and the mean balance loss of `ids` [rows, length + 1]."""
     body = model.model(input_ids=ids[:, :-1], use_cache=False, output_router_logits=True)
     logits = model.lm_head(body.last_hidden_state)
@@ -218,9 +257,7 @@ def draw_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
     return ids[starts + torch.arange(window + 1)].long()
 
 
-def train(
-    model: Qwen3MoeForCausalLM, ids: torch.Tensor, budget: float, save: Path, resume: bool
-) -> None:
+def train(model: Model, ids: torch.Tensor, budget: float, save: Path, resume: bool) -> None:
     """Train for `budget` seconds of steps, saving to `save` now and then."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -268,6 +305,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Iterator
 def main() -> None:
     """Gather the text, train the tokenizer and the model, write the checkpoint and measure it."""
     parser = argparse.ArgumentParser(description="Train the reference mixture of experts.")
+    parser.add_argument("--family", choices=("qwen3_moe", "mixtral"), default="qwen3_moe")
     parser.add_argument("--minutes", type=float, default=70, help="time to train for [70]")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -278,8 +316,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.out)
     ids = torch.cat(list(encode(tokenizer, documents)))
     print(f"{len(ids)} training tokens")
-    model = make_model()
-    save = Path(tempfile.gettempdir()) / "moecc-reference.pt"
+    model = make_model(args.family)
+    save = Path(tempfile.gettempdir()) / f"moecc-{args.family}.pt"
     train(model, ids, args.minutes * 60, save, args.resume)
     model.to(torch.bfloat16).save_pretrained(args.out)
     print_losses(model.float().eval(), tokenizer, find_texts(str(args.out)))

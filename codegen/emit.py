@@ -10,7 +10,7 @@ from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime import ops
 from moecc.runtime.errors import BuildError, UnsupportedSpec
 from moecc.runtime.ops import AddExpertsFn
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 PREFERRED: Mapping[str, str] = {"cuda": "triton", "cpu": "native"}
 """The emitter that `kernels="auto"` means, by device type."""
@@ -18,20 +18,20 @@ PREFERRED: Mapping[str, str] = {"cuda": "triton", "cpu": "native"}
 
 @cache
 def choose(
-    spec: KernelSpec, emitter: str = "auto", scheme: Scheme | None = None
+    spec: KernelSpec, emitter: str = "auto", schemes: Schemes | None = None
 ) -> tuple[Kernel, tuple[str, ...]]:
-    """Emit a spec's kernel, on low-bit copies of the weights if there is a scheme.
+    """Emit a spec's kernel, on low-bit copies of the weights if there are schemes.
 
     Returns the kernel and the reasons of the emitters that declined, which belong in the report:
     weights then keep their dtype, and the torch definition is the last resort.
     """
     wanted = PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
     declined: list[str] = []
-    if scheme is not None:
+    if schemes is not None:
         try:
-            return low_bit.emit(spec, scheme, wanted), ()
+            return low_bit.emit(spec, schemes, wanted), ()
         except (UnsupportedSpec, BuildError) as error:
-            declined.append(f"weights are not quantized to {scheme}: {error}")
+            declined.append(f"weights are not quantized to {schemes}: {error}")
     try:
         return _emitter(wanted)(spec), tuple(declined)
     except (UnsupportedSpec, BuildError) as error:
@@ -45,31 +45,31 @@ def install_kernel(kernel: Kernel, emitter: str = "auto") -> None:
 
 
 @cache
-def _adder(spec: KernelSpec, emitter: str, scheme: Scheme | None) -> AddExpertsFn:
-    """Give the kernel that adds a block's experts group by group, packed if in a scheme.
+def _adder(spec: KernelSpec, emitter: str, schemes: Schemes | None) -> AddExpertsFn:
+    """Give the kernel that adds a block's experts group by group, packed if in schemes.
 
     Raises `UnsupportedSpec` when no emitter of the device has one.
     """
     wanted = PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
-    if scheme is None:
+    if schemes is None:
         kernel, declined = choose(spec, emitter)
     else:
-        kernel, declined = _packed_kernel(spec, scheme, wanted)
+        kernel, declined = _packed_kernel(spec, schemes, wanted)
     if kernel.add is None:
         why = "; ".join(declined) or f"{kernel.emitter} kernels read no experts from slots"
         raise UnsupportedSpec(f"experts of {spec.key} cannot be left out of memory: {why}")
-    if scheme is None or not (spec.bias and spec.interleaved):
+    if schemes is None or not (spec.bias and spec.interleaved):
         return kernel.add
     return partial(_add_with_ordered_bias, kernel.add, spec)
 
 
 def _packed_kernel(
-    spec: KernelSpec, scheme: Scheme, emitter: str
+    spec: KernelSpec, schemes: Schemes, emitter: str
 ) -> tuple[Kernel, tuple[str, ...]]:
     try:
-        return low_bit.packed_kernel(spec, scheme, emitter), ()
+        return low_bit.packed_kernel(spec, schemes, emitter), ()
     except (UnsupportedSpec, BuildError) as error:
-        return low_bit.packed_kernel(spec, scheme, "torch"), (str(error),)
+        return low_bit.packed_kernel(spec, schemes, "torch"), (str(error),)
 
 
 def _add_with_ordered_bias(

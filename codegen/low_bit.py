@@ -14,19 +14,19 @@ from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime.errors import UnsupportedSpec
 from moecc.runtime.schemes.copies import Copies
 from moecc.runtime.schemes.packing import pack_experts
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 Tensors = Sequence[torch.Tensor | None]
 """gate_up, down, gate_up_bias, down_bias and up, as in `ExpertsFn`."""
 
 
-def packed_kernel(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
+def packed_kernel(spec: KernelSpec, schemes: Schemes, emitter: str) -> Kernel:
     """Make the kernel that computes `spec` on packed weights (`packed_tensors`).
 
     Raises `UnsupportedSpec` when the emitter has none, and what the emitter raises.
     """
     layout = {"interleaved": False, "transposed": False, "down_transposed": False}
-    packed = replace(spec, scheme=scheme, split=spec.gated, **layout)
+    packed = replace(spec, schemes=schemes, split=spec.gated, **layout)
     if emitter == "triton":
         raise UnsupportedSpec("triton kernels read no low-bit weights yet")
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -38,13 +38,13 @@ def packed_kernel(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
     return reference.emit(packed)
 
 
-def emit(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
-    """Make the kernel that computes `spec` in a scheme, on copies of full weights.
+def emit(spec: KernelSpec, schemes: Schemes, emitter: str) -> Kernel:
+    """Make the kernel that computes `spec` with schemes, on copies of full weights.
 
     Raises what `packed_kernel` does.
     """
-    kernel = packed_kernel(spec, scheme, emitter)
-    copies = Copies(lambda tensors: packed_tensors(spec, scheme, tensors))
+    kernel = packed_kernel(spec, schemes, emitter)
+    copies = Copies(lambda tensors: packed_tensors(spec, schemes, tensors))
 
     def run(
         hidden: torch.Tensor,
@@ -59,11 +59,11 @@ def emit(spec: KernelSpec, scheme: Scheme, emitter: str) -> Kernel:
         low_bit = copies.of((gate_up, down, gate_up_bias, down_bias, up))
         return kernel.run(hidden, ids, weights, *low_bit)
 
-    return Kernel(spec=spec, emitter=f"{kernel.emitter} {scheme}", run=run, source=kernel.source)
+    return Kernel(spec=spec, emitter=f"{kernel.emitter} {schemes}", run=run, source=kernel.source)
 
 
 def packed_tensors(
-    spec: KernelSpec, scheme: Scheme, tensors: Tensors
+    spec: KernelSpec, schemes: Schemes, tensors: Tensors
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
 ]:
@@ -80,11 +80,11 @@ def packed_tensors(
             up = up.mT
         second = down.mT if spec.down_transposed else down
         return (
-            pack_experts(first, scheme),
-            pack_experts(second, scheme),
+            pack_experts(first, schemes.first),
+            pack_experts(second, schemes.second),
             bias,
             down_bias,
-            None if up is None else pack_experts(up, scheme),
+            None if up is None else pack_experts(up, schemes.first),
         )
 
 

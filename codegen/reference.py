@@ -67,7 +67,7 @@ def add_experts_torch(
         )
         assert first is not None
         assert second is not None
-        if spec.scheme is not None:
+        if spec.schemes is not None:
             first, second, wide = _unpacked(spec, first, second, wide)
         first = first[0] if wide is None else torch.cat([first[0], wide[0]], int(spec.transposed))
         second = second[0] if spec.down_transposed else second[0].T
@@ -95,14 +95,12 @@ def _unpacked(
     spec: KernelSpec, gate_up: torch.Tensor, down: torch.Tensor, up: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Give what packed weights stand for, in the model's dtype."""
-    assert spec.scheme is not None
+    assert spec.schemes is not None
     first = (len(gate_up), spec.intermediate, spec.hidden)
     second = (len(down), spec.hidden, spec.intermediate)
-    gate, low = (
-        unpack_experts(packed, shape, spec.scheme).to(spec.dtype)
-        for packed, shape in ((gate_up, first), (down, second))
-    )
-    wide = None if up is None else unpack_experts(up, first, spec.scheme).to(spec.dtype)
+    gate = unpack_experts(gate_up, first, spec.schemes.first).to(spec.dtype)
+    low = unpack_experts(down, second, spec.schemes.second).to(spec.dtype)
+    wide = None if up is None else unpack_experts(up, first, spec.schemes.first).to(spec.dtype)
     return gate, low, wide
 
 

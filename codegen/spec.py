@@ -10,7 +10,7 @@ import torch
 
 from moecc.codegen.activation import Expr
 from moecc.runtime.ops import AddExpertsFn, ExpertsFn
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class KernelSpec:
     """Both products have a bias."""
     split: bool = False
     """Gate and up are two tensors of I rows each instead of one of 2I."""
-    scheme: Scheme | None = None
+    schemes: Schemes | None = None
     """Weights are packed codes, uint8 [E, bytes] (`moecc.runtime.schemes.packing`), output-major;
     gate and up are split."""
     device: str
@@ -56,7 +56,7 @@ class KernelSpec:
         flags = [name for name in names if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"E{self.experts} H{self.hidden} I{self.intermediate}"
-        scheme = [str(self.scheme)] if self.scheme else []
+        scheme = [str(self.schemes)] if self.schemes else []
         return " ".join([str(self.activation), dtype, *scheme, shape, *flags, self.device])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moecc import module_experts, one_hots, transformers_experts
+from moecc import budgets, module_experts, one_hots, transformers_experts
 from moecc.passes.ir import Miss
 from moecc.passes.options import Options
 
@@ -45,6 +45,7 @@ def install(backend: Callable[..., Any]) -> None:
 
 def adopt(model: torch.nn.Module, options: Options) -> None:
     """Let the experts of a model use our kernels, outside Dynamo too."""
+    options = budgets.resolve(model, options)
     transformers_experts.adopt(model, options)
     one_hots.adopt(model, traced_by_us)
     module_experts.adopt(model, options, traced_by_us, note)
@@ -104,6 +105,7 @@ def _hook_compile(context: Any) -> None:
             transformers_experts.install(traced_by_us, note)
             model = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
             if isinstance(model, torch.nn.Module):
+                _settle_budget(self.callback, model, options)
                 adopt(model, options)
         inside.add(id(self))
         try:
@@ -114,7 +116,20 @@ def _hook_compile(context: Any) -> None:
     context.__call__ = compile_and_adopt
 
 
+def _settle_budget(callback: Any, model: torch.nn.Module, options: Options) -> None:
+    """Give the backend, which sees graphs, what was chosen with the model at hand."""
+    if options.budget is not None:
+        wrapper, settled = _with_options(callback), budgets.resolve(model, options)
+        given = wrapper.kwargs["options"]
+        wrapper.kwargs["options"] = {**given, "quantize": settled.quantize}
+
+
 def _options_of(callback: Any) -> Mapping[str, Any] | None:
+    wrapper = _with_options(callback)
+    return wrapper.kwargs.get("options") if wrapper is not None else None
+
+
+def _with_options(callback: Any) -> Any:
     while callback is not None and not hasattr(callback, "kwargs"):
         callback = getattr(callback, "_torchdynamo_orig_backend", None)
-    return callback.kwargs.get("options") if callback is not None else None
+    return callback

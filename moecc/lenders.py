@@ -16,7 +16,7 @@ class ExpertsReport:
     """Experts that are not the model's own tensors."""
 
     blocks: tuple[dict[str, Any], ...]
-    """path, home (`memory` or `disk`), scheme, experts, slots, slot_bytes, requests, asked, hits,
+    """path, home (`memory` or `disk`), schemes, experts, slots, slot_bytes, requests, asked, hits,
     misses, late, predicted, useful, wait_seconds"""
     memory_bytes: int
     """Of all slots."""
@@ -68,7 +68,10 @@ def report_experts(model: nn.Module) -> ExpertsReport | None:
 
 
 def _block(path: str, lender: Lender) -> dict[str, Any]:
-    plain: dict[str, Any] = {"path": path, "scheme": str(lender.scheme) if lender.scheme else None}
+    plain: dict[str, Any] = {
+        "path": path,
+        "schemes": str(lender.schemes) if lender.schemes else None,
+    }
     if isinstance(lender, Bank):
         counts = lender.pool.trace.counts
         slots, experts, size = lender.pool.slots, lender.store.experts, lender.store.layout.size

@@ -14,7 +14,7 @@ from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
-from moecc.checkpoint.packed import is_packed, open_store, read_manifest, scheme_of
+from moecc.checkpoint.packed import is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.native.build import cache_folder
@@ -29,7 +29,7 @@ from moecc.runtime.offload.record import new_records
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, put_in
 from moecc.runtime.offload.store import Store
-from moecc.runtime.schemes.scheme import SCHEMES, Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 _log = logging.getLogger("moecc.load")
 
@@ -60,14 +60,11 @@ def load(
     when there is no such model, `StoreError` when its files are damaged.
     """
     chosen = Options.parse(options)
-    if isinstance(chosen.quantize, dict):
-        raise OptionError("moecc.load takes one scheme for all blocks")
     folder = find_folder(str(name))
-    scheme = None if chosen.quantize is None else SCHEMES[str(chosen.quantize)]
     if is_packed(folder):
-        model, absent, lenders = _load_packed(folder, scheme, dtype, chosen)
+        model, absent, lenders = _load_packed(folder, dtype, chosen)
     else:
-        model, absent, lenders = _load_checkpoint(folder, scheme, dtype, chosen, progress)
+        model, absent, lenders = _load_checkpoint(folder, dtype, chosen, progress)
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender)
     from moecc import backend, capture
@@ -80,18 +77,17 @@ def load(
 _Loaded = tuple[nn.Module, Sequence[Absent], Sequence[Lender]]
 
 
-def _load_packed(
-    folder: Path, scheme: Scheme | None, dtype: torch.dtype | str, options: Options
-) -> _Loaded:
+def _load_packed(folder: Path, dtype: torch.dtype | str, options: Options) -> _Loaded:
     """Load what `moecc pack` wrote."""
     manifest = read_manifest(folder)
     check_source(manifest)
-    packed = scheme_of(manifest)
-    if scheme not in (None, packed):
-        raise OptionError(
-            f"{str(folder)!r} is packed as {packed or manifest.dtype}, not as {scheme}; leave "
-            "quantize out, or pack the model again"
-        )
+    for block in manifest.blocks:
+        wanted = options.schemes(block.path) if options.quantize is not None else block.schemes
+        if wanted != block.schemes:
+            raise OptionError(
+                f"{str(folder)!r} is packed as {block.schemes or manifest.dtype}, not as {wanted}; "
+                "leave quantize out, or pack the model again"
+            )
     wanted = getattr(torch, manifest.dtype)
     if dtype not in ("auto", manifest.dtype, wanted):
         raise OptionError(f"{str(folder)!r} is packed for {wanted}, not for {dtype}")
@@ -100,34 +96,34 @@ def _load_packed(
     if blocks.keys() != {one.path for one in absent}:
         raise ModelError(f"{str(folder)!r} has experts of {sorted(blocks)}, which is not its model")
     stores = [open_store(folder, blocks[one.path]) for one in absent]
-    return model, absent, make_banks(model, stores, packed, options)
+    schemes = [blocks[one.path].schemes for one in absent]
+    return model, absent, make_banks(model, stores, schemes, options)
 
 
 def _load_checkpoint(
     folder: Path,
-    scheme: Scheme | None,
     dtype: torch.dtype | str,
     options: Options,
     progress: Progress | None,
 ) -> _Loaded:
     """Load a checkpoint as it came."""
-    whole = options.expert_memory is None and scheme is None
+    whole = options.expert_memory is None and options.quantize is None
     model, absent = load_model(folder, dtype, with_experts=whole)
     if whole:
         return model, (), ()
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
-    recipes = find_recipes(model, absent, folder, scheme)
+    recipes = find_recipes(model, absent, folder, options)
     if options.expert_memory is None:
         return model, absent, _packed_in_memory(recipes, progress)
     stores = [find_store(recipe) for recipe in recipes]
     direct = [store for store in stores if store is not None]
     if len(direct) == len(stores):
-        return model, absent, make_banks(model, direct, None, options)
-    target = _own_store(folder, scheme, recipes[0].dtype)
+        return model, absent, make_banks(model, direct, [None] * len(direct), options)
+    target = _own_store(folder, options, recipes[0].dtype)
     _log.info("packing %s into %s", folder, target)
-    pack(folder, target, None if scheme is None else str(scheme), recipes[0].dtype, progress)
-    return _load_packed(target, scheme, "auto", options)
+    pack(folder, target, options.quantize, recipes[0].dtype, progress)
+    return _load_packed(target, "auto", options)
 
 
 def _packed_in_memory(recipes: Sequence[Recipe], progress: Progress | None) -> list[Resident]:
@@ -142,12 +138,15 @@ def _packed_in_memory(recipes: Sequence[Recipe], progress: Progress | None) -> l
             if progress is not None:
                 progress(done, total)
         tensors = recipe.layout.tensors(records)
-        lenders.append(Resident(scheme=recipe.scheme, tensors=tensors))
+        lenders.append(Resident(schemes=recipe.schemes, tensors=tensors))
     return lenders
 
 
 def make_banks(
-    model: nn.Module, stores: Sequence[Store], scheme: Scheme | None, options: Options
+    model: nn.Module,
+    stores: Sequence[Store],
+    schemes: Sequence[Schemes | None],
+    options: Options,
 ) -> list[Bank]:
     """Give every block its share of the budget, and a bank.
 
@@ -167,7 +166,7 @@ def make_banks(
             number=number,
             store=store,
             pool=Pool(store.layout, slots[number], policy, link),
-            scheme=scheme,
+            schemes=schemes[number],
         )
         for number, store in enumerate(stores)
     ]
@@ -187,8 +186,8 @@ def _active(model: nn.Module) -> int:
     return 1
 
 
-def _own_store(folder: Path, scheme: Scheme | None, dtype: torch.dtype) -> Path:
+def _own_store(folder: Path, options: Options, dtype: torch.dtype) -> Path:
     """Say where the packed copy of a checkpoint goes."""
     files = "".join(fingerprint(file) for file in shards(folder))
-    digest = hashlib.sha256(f"{files} {scheme} {dtype}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{files} {options.quantize} {dtype}".encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]

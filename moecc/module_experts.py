@@ -136,11 +136,11 @@ def _raise(
     recipes: dict[Any, Recipe | Unrecordable],
 ) -> None:
     """Observe a block, or use what was learned from one like it; bank its experts and mark it."""
-    scheme = options.scheme(path)
-    key = (type(module), _kind(module), bool(experts), scheme)
+    schemes = options.schemes(path)
+    key = (type(module), _kind(module), bool(experts), schemes)
     if key not in recipes:
         try:
-            recipes[key] = learn(module, experts, options.kernels, scheme)
+            recipes[key] = learn(module, experts, options.kernels, schemes)
         except Unrecordable as error:
             recipes[key] = error
     recipe = recipes[key]
@@ -150,7 +150,7 @@ def _raise(
         raise InputError(why)
     banks = bank_experts(module, experts, recipe.expert) if experts else {}
     setattr(module, MARK, Raised(type(module), recipe, banks))
-    adopted[module] = Road(options, scheme, recipe.kernel, declined=recipe.declined)
+    adopted[module] = Road(options, schemes, recipe.kernel, declined=recipe.declined)
 
 
 def _obstacle(module: nn.Module, experts: Sequence[nn.Module]) -> str:

@@ -26,7 +26,7 @@ from moecc.observe.unrecordable import Unrecordable
 from moecc.runtime import ops
 from moecc.runtime.bank import Bank, refresh
 from moecc.runtime.modules import named_modules
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 MARK = "_moecc"
 """The attribute of an adopted block."""
@@ -47,7 +47,7 @@ class Recipe:
 
 
 def learn(
-    module: nn.Module, experts: Sequence[nn.Module], kernels: str, scheme: Scheme | None
+    module: nn.Module, experts: Sequence[nn.Module], kernels: str, schemes: Schemes | None
 ) -> Recipe:
     """Observe a block whose experts are modules, or with none given parts of its parameters.
 
@@ -68,7 +68,7 @@ def learn(
         forms, stacked = observe_stacked(module)
         expert, count = stacked.expert, stacked.count
         weights = _in_place(expert, count)
-    kernel, declined = choose(_spec(module, expert, count, weights), kernels, scheme)
+    kernel, declined = choose(_spec(module, expert, count, weights), kernels, schemes)
     call = _experts_call(kernel)
     inner = {one for each in experts for one in each.modules()}
     return Recipe(

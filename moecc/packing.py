@@ -17,8 +17,6 @@ from rich.progress import (
 
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import pack
-from moecc.passes.options import Options
-from moecc.runtime.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +24,8 @@ class Packed:
     """A store that was written."""
 
     folder: str
-    scheme: str | None
+    schemes: tuple[str, ...]
+    """In use; empty where experts are as the model has them."""
     blocks: int
     experts: int
     expert_bytes: int
@@ -45,9 +44,6 @@ def run(model: str, output: Path, quantize: str, dtype: str, quiet: bool) -> Pac
 
     Raises `OptionError` for an unknown scheme and what `moecc.checkpoint.pack.pack` does.
     """
-    scheme = Options.parse({"quantize": quantize or None}).quantize
-    if not isinstance(scheme, str | None):
-        raise OptionError("moecc pack takes one scheme for all blocks")
     folder = find_folder(model)
     columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     start = perf_counter()
@@ -60,10 +56,10 @@ def run(model: str, output: Path, quantize: str, dtype: str, quiet: bool) -> Pac
             bar.update(task, completed=done, total=total)
 
         name = "" if Path(model).is_dir() else model
-        manifest = pack(folder, output, scheme, dtype, show, name)
+        manifest = pack(folder, output, quantize or None, dtype, show, name)
     return Packed(
         folder=str(output),
-        scheme=manifest.scheme,
+        schemes=tuple(dict.fromkeys(str(one.schemes) for one in manifest.blocks if one.schemes)),
         blocks=len(manifest.blocks),
         experts=sum(block.experts for block in manifest.blocks),
         expert_bytes=sum(block.experts * block.layout.size for block in manifest.blocks),
@@ -75,7 +71,7 @@ def run(model: str, output: Path, quantize: str, dtype: str, quiet: bool) -> Pac
 def print_packed(done: Packed, console: Console) -> None:
     """Say what was written and what to do with it."""
     size = f"{done.expert_bytes / 1e6:,.1f} MB, {done.record_bytes / 1e6:.3f} MB an expert"
-    kind = done.scheme or "the model's dtype"
+    kind = ", ".join(done.schemes) or "the model's dtype"
     console.print(
         f"{done.experts} experts of {done.blocks} blocks in {kind}: {size} ({done.seconds:.1f} s)",
         highlight=False,

@@ -43,7 +43,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_experts(experts: ExpertsReport, console: Console) -> None:
     """Print where experts live and how often they were there when asked for."""
-    table = Table("experts of", "scheme", box=None, pad_edge=False)
+    table = Table("experts of", "schemes", box=None, pad_edge=False)
     for name in ("slots", "MB", "asked", "hits", "late", "misses", "waited"):
         table.add_column(name, justify="right")
     for block in experts.blocks:
@@ -52,7 +52,7 @@ def print_experts(experts: ExpertsReport, console: Console) -> None:
         size = f"{block['slots'] * block['slot_bytes'] / 1e6:.1f}"
         counts = (block["asked"], rate, block["late"], block["misses"])
         waited = f"{block['wait_seconds']:.2f} s"
-        table.add_row(block["path"], block["scheme"] or "", slots, size, *map(str, counts), waited)
+        table.add_row(block["path"], block["schemes"] or "", slots, size, *map(str, counts), waited)
     console.print(table)
     console.print(
         f"{experts.memory_bytes / 1e6:,.1f} of {experts.total_bytes / 1e6:,.1f} MB of experts in "

@@ -26,7 +26,7 @@ from moecc.passes.pattern import FLOATS
 from moecc.runtime import ops
 from moecc.runtime.errors import StrictError
 from moecc.runtime.modules import named_modules
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 _MARK = "_moecc"
 _ROLES = {
@@ -45,8 +45,8 @@ class Road:
     """How one adopted experts module runs outside Dynamo."""
 
     options: Options
-    scheme: Scheme | None = None
-    """What its weights are quantized to."""
+    schemes: Schemes | None = None
+    """What the weights of its products are quantized to."""
     kernel: Kernel | None = None
     made_for: tuple[Any, ...] = ()
     declined: str = ""
@@ -68,7 +68,7 @@ def adopt(model: nn.Module, options: Options) -> None:
         if known is not None and known.options == options:
             continue  # compiled again: keep counting
         if all(hasattr(module, name) for name in _ATTRIBUTES):
-            adopted[module] = Road(options, options.scheme(path))
+            adopted[module] = Road(options, options.schemes(path))
 
 
 def release(model: nn.Module) -> None:
@@ -267,7 +267,7 @@ def _choose(module: Any, road: Road) -> tuple[Kernel | None, str]:
         spec = experts_spec(module, first, module.down_proj)
     except UnreadableActivation as error:
         return None, f"the activation is not one that kernels compute: {error}"
-    kernel, declined = choose(spec, road.options.kernels, road.scheme)
+    kernel, declined = choose(spec, road.options.kernels, road.schemes)
     install_kernel(kernel, road.options.kernels)
     return kernel, "; ".join(declined)
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from moecc.codegen.activation import Expr
 from moecc.passes.router.description import Router
 from moecc.passes.shared import SharedExpert
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class MoeBlock:
     down_transposed: bool
     """The second product's weights are."""
 
-    scheme: Scheme | None = None
+    schemes: Schemes | None = None
     """What the experts are quantized to; None keeps the model's dtype (`quantize_experts`)."""
     router: Router | None = None
     """How `ids` and `weights` are made, as a description (`describe_blocks`)."""

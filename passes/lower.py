@@ -6,7 +6,7 @@ Needs: blocks.  Adds: lowerings.  Graph: each `moecc.experts` names its kernel.
 →
     moecc.experts(..., "native: mul(silu(gate), up) bfloat16 E128 H2048 I768 cpu")
 
-With a scheme the kernel reads low-bit copies of the weights: `native int8: ...`. An emitter that
+With schemes the kernel reads low-bit copies of the weights: `native int8: ...`. An emitter that
 declines is a miss with its reason, and the block keeps its dtype, or the torch kernel.
 """
 
@@ -26,7 +26,7 @@ def lower(program: Program, options: Options) -> Outcome:
     rewrites = 0
     for block in program.blocks:
         node = nodes[block.output]
-        kernel, declined = choose(kernel_spec(block), options.kernels, block.scheme)
+        kernel, declined = choose(kernel_spec(block), options.kernels, block.schemes)
         misses += [Miss(where=block.path, why=why, fallback=True) for why in declined]
         install_kernel(kernel, options.kernels)
         rewrites += node.args[-1] != kernel.key

@@ -7,10 +7,17 @@ from fnmatch import fnmatchcase as fnmatch
 from typing import Any, Literal, cast
 
 from moecc.runtime.errors import OptionError
-from moecc.runtime.schemes.scheme import SCHEMES, Scheme
+from moecc.runtime.schemes.scheme import SCHEMES, Scheme, Schemes
 
 POLICIES = ("auto", "lru", "lfu", "lookahead")
 EMITTERS = ("auto", "triton", "native", "torch")
+_PROJECTIONS = {
+    "gate_proj": ("gate_proj", "gate_up_proj"),
+    "up_proj": ("up_proj", "gate_up_proj"),
+    "down_proj": ("down_proj",),
+}
+"""What patterns may call each matrix of an expert."""
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)bpw")
 _DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS = _DECIMAL | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -28,11 +35,51 @@ class Options:
     inner: str = "inductor"
     strict: bool = False
 
-    def scheme(self, path: str) -> Scheme | None:
-        """Give the scheme of the block at a path: of a mapping, that of the first pattern."""
+    def schemes(self, path: str) -> Schemes | None:
+        """Give the schemes of the block at a path; None where one of its products has none.
+
+        Raises `OptionError` when gate and up, which are one product, have different ones.
+        """
+        gate, up, down = self.by_projection(path).values()
+        if gate != up:
+            raise OptionError(
+                f"quantize={self.quantize!r} gives {path}.gate_proj {gate or 'nothing'} and "
+                f"{path}.up_proj {up or 'nothing'}; they are one product, so name both: "
+                "'*.gate_up_proj'"
+            )
+        return Schemes(first=gate, second=down) if gate and down else None
+
+    @property
+    def budget(self) -> float | None:
+        """Bits a weight to share among blocks (`moecc.budgets`), if that was asked for."""
+        found = _BUDGET.fullmatch(self.quantize) if isinstance(self.quantize, str) else None
+        return float(found[1]) if found else None
+
+    def by_projection(self, path: str) -> dict[str, Scheme | None]:
+        """Give what each projection of a block gets: of a mapping, from the first pattern.
+
+        Patterns match `<block path>.<projection>`, where `gate_up_proj` is gate and up, or the
+        block's path alone.
+        """
+        if self.budget is not None:
+            raise OptionError(
+                f"quantize={self.quantize!r} shares bits among all blocks of a model, and here is "
+                "only a graph of it; give torch.compile the model itself, or quantize a mapping"
+            )
         if self.quantize is None or isinstance(self.quantize, str):
-            return SCHEMES[self.quantize] if self.quantize else None
-        return next((SCHEMES[n] for glob, n in self.quantize.items() if fnmatch(path, glob)), None)
+            return dict.fromkeys(_PROJECTIONS, SCHEMES[self.quantize] if self.quantize else None)
+        found: dict[str, Scheme | None] = {}
+        for projection, aliases in _PROJECTIONS.items():
+            names = [path, *(f"{path}.{one}" for one in aliases)]
+            found[projection] = next(
+                (
+                    SCHEMES[scheme]
+                    for glob, scheme in self.quantize.items()
+                    if any(fnmatch(name, glob) for name in names)
+                ),
+                None,
+            )
+        return found
 
     @staticmethod
     def parse(given: Mapping[str, Any] | None) -> "Options":
@@ -74,8 +121,17 @@ def _bad(key: str, value: Any, allowed: str) -> OptionError:
 
 
 def _quantize(value: Any) -> Any:
-    allowed = f"None, one of {list(SCHEMES)}, or a mapping from patterns of block paths to them"
+    allowed = (
+        f"None, one of {list(SCHEMES)}, a mapping to them from patterns of block paths or "
+        "projections ('*.down_proj'), or bits a weight above 2 and up to 8.5 ('4.5bpw')"
+    )
     if value is None or (isinstance(value, str) and value in SCHEMES):
+        return value
+    if (
+        isinstance(value, str)
+        and (found := _BUDGET.fullmatch(value))
+        and 2 < float(found[1]) <= 8.5
+    ):
         return value
     if isinstance(value, Mapping):
         pairs = dict(cast(Mapping[Any, Any], value))

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from moecc.runtime import bank
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.stand_in import lender_of
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 ExpertsFn = Callable[
     [
@@ -46,8 +46,8 @@ each expert lies; one with a negative slot contributes nothing. Calls for ascend
 experts, starting from zeros, give the bits of one `ExpertsFn` call when cast to hidden's dtype.
 """
 
-AdderFor = Callable[[Scheme | None], AddExpertsFn]
-"""Give a kernel's `AddExpertsFn` for weights in a scheme, or as the model has them."""
+AdderFor = Callable[[Schemes | None], AddExpertsFn]
+"""Give a kernel's `AddExpertsFn` for weights in schemes, or as the model has them."""
 
 calls: Counter[str] = Counter()
 """How often each kernel ran in this process, compiled and eager roads together."""
@@ -89,7 +89,7 @@ def run_experts(
     if lender is not None:
         if adder_for is None:
             raise InputError(f"kernel {kernel!r} reads no experts that are out of memory")
-        adder = adder_for(lender.scheme)
+        adder = adder_for(lender.schemes)
         return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
     bank.refresh(gate_up)
     return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up)

@@ -8,8 +8,10 @@ import torch
 
 import moecc
 from moecc.codegen.emit import choose
+from moecc.passes.options import Options
+from moecc.runtime.errors import OptionError
 from moecc.runtime.schemes.packing import dequantize, quantize
-from moecc.runtime.schemes.scheme import INT8, SCHEMES
+from moecc.runtime.schemes.scheme import INT8, SCHEMES, Schemes
 from moecc.tiny import tiny_model
 from tests.codegen.native_cases import make_spec
 from tests.loops import WhereLoop
@@ -91,6 +93,101 @@ def test_blocks_may_have_different_schemes() -> None:
     assert kernels == ["native int8", "native int4-g64"]
 
 
+def test_the_products_of_a_block_may_have_different_schemes() -> None:
+    want: Any = tiny_model("qwen3_moe")
+    for layer in want.model.layers:
+        for name, scheme in (("gate_up_proj", "int4"), ("down_proj", "int8")):
+            for one in getattr(layer.mlp.experts, name).data:
+                known = dequantize(quantize(one, SCHEMES[scheme]), SCHEMES[scheme])
+                one.copy_(known[:, : one.shape[1]])
+    model: Any = tiny_model("qwen3_moe")
+    options = {
+        "inner": "eager",
+        "kernels": "torch",
+        "quantize": {"*.down_proj": "int8", "*": "int4"},
+    }
+    compiled = torch.compile(model, backend="moecc", options=options)
+    with torch.no_grad():
+        for road in (compiled, model):
+            assert relative_error(road(PROMPT).logits, want(PROMPT).logits) < 1e-5
+    (graph,) = moecc.report(model).graphs
+    assert {block["kernel"].split(":")[0] for block in graph.blocks} == {"torch int4-g32 + int8"}
+
+
+def test_a_block_is_quantized_whole_or_the_report_says_why_not() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    options = {"inner": "eager", "quantize": {"*.down_proj": "int8"}}
+    compiled = torch.compile(model, backend="moecc", options=options)
+    with torch.no_grad():
+        want = tiny_model("qwen3_moe")(PROMPT).logits
+        assert relative_error(compiled(PROMPT).logits, want) < 1e-5
+    assert "match only down_proj of it, and a block is quantized whole" in str(
+        moecc.report(model).to_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ({"*.gate_proj": "int8", "*": "int4"}, "gate_proj int8 and .*up_proj int4-g32"),
+        ({"*.up_proj": "int8", "*.down_proj": "int4"}, "gate_proj nothing and .*up_proj int8"),
+    ],
+)
+def test_gate_and_up_have_one_scheme(patterns: dict[str, str], said: str) -> None:
+    options = Options.parse({"quantize": patterns})
+    with pytest.raises(OptionError, match=said):
+        options.schemes("model.layers.0.mlp.experts")
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"*.gate_up_proj": "int8", "*.down_proj": "int4"},
+        {"*.gate_proj": "int8", "*.up_proj": "int8", "*": "int4"},
+        {"model.layers.0.mlp.experts.down_proj": "int4", "model.layers.0.mlp.experts": "int8"},
+    ],
+)
+def test_ways_to_name_a_projection(patterns: dict[str, str]) -> None:
+    found = Options.parse({"quantize": patterns}).schemes("model.layers.0.mlp.experts")
+    assert found == Schemes(first=INT8, second=SCHEMES["int4"])
+
+
+def test_a_budget_becomes_a_scheme_for_each_projection() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    with torch.no_grad():  # easy to round: of a group, all weights are equal
+        model.model.layers[0].mlp.experts.down_proj.fill_(0.5)
+    options = {"inner": "eager", "quantize": "5bpw", "strict": True}
+    compiled = torch.compile(model, backend="moecc", options=options)
+    with torch.no_grad():
+        inside, outside = compiled(PROMPT).logits, model(PROMPT).logits
+    assert relative_error(inside, outside) < 1e-5
+    report = moecc.report(model)
+    kernels = [block["kernel"].split(":")[0] for block in report.graphs[0].blocks]
+    first, second = (name.removeprefix("native ") for name in kernels)
+    assert first.endswith(" + int2-g64-zeros")
+    assert "int2" not in second
+    assert options["quantize"] == "5bpw"  # what the user holds is not written to
+
+
+def test_a_budget_needs_the_model() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    compiled = torch.compile(
+        lambda x: model(x).logits, backend="moecc", options={"quantize": "4.5bpw"}
+    )
+    with torch.no_grad(), pytest.raises(Exception, match=r"give torch\.compile the model itself"):
+        compiled(PROMPT)
+    with pytest.raises(OptionError, match="no fused expert weights in this model"):
+        torch.compile(torch.nn.Linear(4, 4), backend="moecc", options={"quantize": "4.5bpw"})
+    with pytest.raises(OptionError, match=r"'2\.1bpw' is too small: the smallest schemes take"):
+        torch.compile(model, backend="moecc", options={"quantize": "2.1bpw"})
+
+
+@pytest.mark.parametrize("bad", ["2bpw", "9bpw", "bpw", "-3bpw", "4.5 bpw"])
+def test_bits_beyond_what_schemes_have_are_refused(bad: str) -> None:
+    with pytest.raises(OptionError, match=r"above 2 and up to 8\.5"):
+        Options.parse({"quantize": bad})
+
+
 def test_the_reference_kernel_is_the_weights_that_codes_stand_for() -> None:
     model: Any = tiny_model("qwen3_moe")
     options = {"inner": "eager", "quantize": "int4", "kernels": "torch"}
@@ -102,10 +199,12 @@ def test_the_reference_kernel_is_the_weights_that_codes_stand_for() -> None:
 
 def test_what_no_kernel_reads_keeps_its_dtype_and_says_so() -> None:
     spec = make_spec("silu", torch.float32)
-    kernel, declined = choose(spec, "triton", INT8)
+    kernel, declined = choose(spec, "triton", Schemes(first=INT8, second=INT8))
     assert kernel.emitter == "torch"
-    assert kernel.spec.scheme is None
+    assert kernel.spec.schemes is None
     assert ["int8" in why for why in declined] == [True, False]
-    kernel, declined = choose(make_spec("silu", torch.float64), "torch", INT8)
+    kernel, declined = choose(
+        make_spec("silu", torch.float64), "torch", Schemes(first=INT8, second=INT8)
+    )
     assert kernel.emitter == "torch"
     assert "float64 weights are not quantized" in declined[0]

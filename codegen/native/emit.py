@@ -8,7 +8,8 @@ tokens share the batch (a token's row is bit-identical for every T). Sums are fl
 sum adds experts in ascending order. Where the CPU has bf16 dot products and a bf16 block's second
 product is output-major, activated values are rounded to bf16 before it, as eager torch does;
 elsewhere they stay float32. With low-bit weights the inputs of both products are rounded to 8 bits,
-one scale a block (`Scheme.block`), so that products are integer dot products.
+one scale a block (`Scheme.block`), so that products are integer dot products; fp8 weights are
+widened to float instead, and their inputs stay float.
 
 Calls use torch's number of threads, or fewer: `team.h` says when. A forked child uses one.
 """
@@ -32,9 +33,12 @@ from moecc.runtime.schemes.scheme import Scheme
 _WEIGHT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CODES = {
     ("int8", False): ("Int8", "Floats"),
-    ("int4", False): ("Int4", "Halves"),
-    ("int4", True): ("Int4Zeros", "Halves"),
     ("mxfp4", False): ("Mxfp4", "Powers"),
+    **{
+        (f"int{bits}", zeros): (f"Grouped<{bits}, {str(zeros).lower()}>", "Halves")
+        for bits in (2, 3, 4)
+        for zeros in (False, True)
+    },
 }
 """What codes and scales of a scheme are called in quantized.h."""
 _RENAMED = {
@@ -137,9 +141,9 @@ def _call(
         spec.hidden,
         spec.intermediate,
         spec.experts,
-        *_strides(spec, gate_up, spec.hidden),
-        *_strides(spec, gate_up if up is None else up, spec.hidden),
-        *_strides(spec, down, spec.intermediate),
+        *_strides(gate_up, spec.hidden, spec.schemes and spec.schemes.first),
+        *_strides(gate_up if up is None else up, spec.hidden, spec.schemes and spec.schemes.first),
+        *_strides(down, spec.intermediate, spec.schemes and spec.schemes.second),
         out.dtype == torch.float32,
         torch.get_num_threads(),
         _address(slots),
@@ -158,17 +162,17 @@ def write(spec: KernelSpec) -> str:
         raise UnsupportedSpec(f"native kernels read {names}, not {spec.dtype}")
     if spec.split and (spec.interleaved or not spec.gated):
         raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
-    if spec.scheme and (spec.split != spec.gated or spec.transposed or spec.down_transposed):
+    if spec.schemes and (spec.split != spec.gated or spec.transposed or spec.down_transposed):
         raise UnsupportedSpec("low-bit weights are output-major, gate and up in two tensors")
     flags = ("gated", "interleaved", "bias")
     facts = [
-        f"// {spec.activation} {spec.dtype} {spec.scheme or ''}".rstrip(),
+        f"// {spec.activation} {spec.dtype} {spec.schemes or ''}".rstrip(),
         *_types(spec),
         *(f"constexpr bool {f.upper()} = {str(getattr(spec, f)).lower()};" for f in flags),
         '[[maybe_unused]] constexpr double inf = __builtin_inf(), nan = __builtin_nan("");',
         _activate(spec.activation),
     ]
-    products = ("quantized.h",) if spec.scheme else ("dot.h", "axpy.h")
+    products = ("quantized.h", "floating.h") if spec.schemes else ("dot.h", "axpy.h")
     return "\n".join(
         [
             *map(_template, ("vec.h", "math.h", *products, "team.h")),
@@ -181,18 +185,27 @@ def write(spec: KernelSpec) -> str:
 def _types(spec: KernelSpec) -> list[str]:
     """Name the types of a block's values, and the product that each matrix takes."""
     model = _WEIGHT[spec.dtype]
-    if spec.scheme is None:
+    if spec.schemes is None:
         kinds = ["Axpy" if turned else "Dot" for turned in (spec.transposed, spec.down_transposed)]
         stored, first, second = model, *(f"{kind}<{model}>" for kind in kinds)
     else:
-        code, scale = _CODES[spec.scheme.name, spec.scheme.zeros]
-        block, halves = spec.scheme.block, 2 if spec.gated else 1
         stored = "uint8_t"
         # A task of the first product makes whole blocks of the second's inputs.
-        first = f"Quantized<{code}, {scale}, {block}, {halves * max(block, 64)}>"
-        second = f"Quantized<{code}, {scale}, {block}, 64>"
+        rows = max(spec.schemes.second.block, 64) * (2 if spec.gated else 1)
+        first = _product(spec.schemes.first, rows)
+        second = _product(spec.schemes.second, 64)
     names = {"Model": model, "Stored": stored, "First": first, "Second": second}
     return [f"using {name} = {kind};" for name, kind in names.items()]
+
+
+def _product(scheme: Scheme, rows: int) -> str:
+    """Name the product with so many rows a task."""
+    if scheme.name == "fp8":
+        scale = "OneFloat" if scheme.rows > 1 else "Floats"
+        per_row = str(scheme.group is None).lower()
+        return f"Floating<{scale}, {per_row}, {scheme.block}, {rows}>"
+    code, scale = _CODES[scheme.name, scheme.zeros]
+    return f"Quantized<{code}, {scale}, {scheme.block}, {rows}>"
 
 
 def _activate(expr: Expr) -> str:
@@ -252,11 +265,11 @@ def _check_weights(
 ) -> None:
     """Raise `InputError` unless tensors of so many experts are those that the spec says."""
     hidden, inner = spec.hidden, spec.intermediate
-    if spec.scheme is not None:
-        _check_packed("gate_up", gate_up, spec.scheme, (experts, inner, hidden))
-        _check_packed("down", down, spec.scheme, (experts, hidden, inner))
+    if spec.schemes is not None:
+        _check_packed("gate_up", gate_up, spec.schemes.first, (experts, inner, hidden))
+        _check_packed("down", down, spec.schemes.second, (experts, hidden, inner))
         if spec.split:
-            _check_packed("up", up, spec.scheme, (experts, inner, hidden))
+            _check_packed("up", up, spec.schemes.first, (experts, inner, hidden))
         return
     first, second = (inner if spec.split else spec.rows, hidden), (hidden, inner)
     if spec.transposed:
@@ -315,11 +328,11 @@ def _check_packed(
         raise _misfit(name, tensor, expected)
 
 
-def _strides(spec: KernelSpec, weights: torch.Tensor, columns: int) -> tuple[int, ...]:
+def _strides(weights: torch.Tensor, columns: int, scheme: Scheme | None) -> tuple[int, ...]:
     """Give the elements from one expert to the next, and from one row, or panel, to the next."""
-    if spec.scheme is None:
+    if scheme is None:
         return weights.stride()[:2]
-    return weights.stride(0), panel_bytes(columns, spec.scheme)
+    return weights.stride(0), panel_bytes(columns, scheme)
 
 
 def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

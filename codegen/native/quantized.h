@@ -1,7 +1,7 @@
 // Products with low-bit weights: integer dot products with activations in 8 bits.
 //
-// Weights lie in panels of 16 rows (moecc/runtime/packing.py writes them). A line of 64 bytes holds
-// four columns of all 16 rows, or eight columns when codes have four bits, so a vector of sums
+// Weights lie in panels of 16 rows (moecc/runtime/schemes/packing.py writes them). A line of 64 bytes holds
+// four columns of all 16 rows, eight or sixteen when codes have four bits or less, so a vector of sums
 // belongs to as many rows and nothing is added up across lanes. Activations are quantized once for
 // each BLOCK of a token's row. Integer sums are exact and blocks follow one another in ascending
 // order, so a token's result does not depend on which other tokens share the tile.
@@ -55,7 +55,7 @@ static INLINE vi dot_plainly(vi sums, vi codes, int32_t x) {
 // How codes become bytes to multiply by, and what they stand for: (byte - OFFSET) * scale.
 struct Int8 {
   static constexpr int COLUMNS = 4;  // of a line
-  static constexpr bool ZEROS = false, PER_ROW = true;
+  static constexpr bool ZEROS = false, PER_ROW = true, HIGH_LINE = false;
 #if defined(MOECC_VNNI)
   static constexpr int OFFSET = 128;
   static INLINE vi bytes(vi line, int) { return line ^ int32_t(0x80808080); }
@@ -72,10 +72,16 @@ struct Int8 {
   static INLINE vi fold(vi sums) { return sums; }
 };
 
-struct FourBits {
-  static constexpr int COLUMNS = 8;
-  static constexpr bool PER_ROW = false;
-  static INLINE vi nibbles(vi line, int half) { return (half ? line >> 4 : line) & 0x0f0f0f0f; }
+// Codes below 32, `BITS` of them in each byte of a line (of 3-bit codes the lower two: the third of 32
+// columns have a line of their own).
+template <int BITS>
+struct Narrow {
+  static constexpr int LOW = BITS == 3 ? 2 : BITS;
+  static constexpr int COLUMNS = 4 * 8 / LOW;
+  static constexpr bool PER_ROW = false, HIGH_LINE = BITS == 3;
+  static INLINE vi low(vi line, int part) {
+    return (part ? line >> LOW * part : line) & (LOW == 4 ? 0x0f0f0f0f : 0x03030303);
+  }
 #if defined(MOECC_VNNI)
   static INLINE vi step(vi sums, vi codes, int32_t x) { return dot(sums, codes, x); }
   static INLINE vi fold(vi sums) { return sums; }
@@ -88,23 +94,19 @@ struct FourBits {
 #endif
 };
 
-struct Int4 : FourBits {
-  static constexpr bool ZEROS = false;
-  static constexpr int OFFSET = 8;
-  static INLINE vi bytes(vi line, int half) { return nibbles(line, half); }
+// With ZEROS each group has the weight of code 0, else the code in the middle is 0.
+template <int BITS, bool HAS_ZEROS>
+struct Grouped : Narrow<BITS> {
+  static constexpr bool ZEROS = HAS_ZEROS;
+  static constexpr int OFFSET = ZEROS ? 0 : 1 << (BITS - 1);
+  static INLINE vi bytes(vi line, int part) { return Narrow<BITS>::low(line, part); }
 };
 
-struct Int4Zeros : FourBits {  // with the weight of code 0, for each group
-  static constexpr bool ZEROS = true;
-  static constexpr int OFFSET = 0;
-  static INLINE vi bytes(vi line, int half) { return nibbles(line, half); }
-};
-
-struct Mxfp4 : FourBits {  // e2m1: sign and one of eight magnitudes, doubled to be whole
+struct Mxfp4 : Narrow<4> {  // e2m1: sign and one of eight magnitudes, doubled to be whole
   static constexpr bool ZEROS = false;
   static constexpr int OFFSET = 12;
-  static INLINE vi bytes(vi line, int half) {
-    vi codes = nibbles(line, half);
+  static INLINE vi bytes(vi line, int part) {
+    vi codes = low(line, part);
 #if defined(MOECC_AVX512)
     const __m128i four = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
     return vi(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(four), __m512i(codes)));
@@ -210,8 +212,6 @@ struct Quantized {
  private:
   static Header header(const Input* line) { return load_as<Header>(line); }
 
-  static INLINE int32_t four(const Input* values) { return load_as<int32_t>(values); }
-
   template <int TOKENS>
   static void tile(const uint8_t* panel, const uint8_t* after, int64_t blocks, const Input* const* x, float* out,
                    int width) {
@@ -234,10 +234,15 @@ struct Quantized {
       }
       for (int part = 0; part < BLOCK; part += 32) {
         vi narrow[TOKENS][VECTORS] = {};
+        const uint8_t* high = line + 64 * (32 / Code::COLUMNS);
 #pragma GCC unroll 8
         for (int column = 0; column < 32; column += Code::COLUMNS, line += 64) {
           __builtin_prefetch(line + ahead, 0, 2);
-          steps<TOKENS>(narrow, line, inputs, part + column);
+          steps<TOKENS>(narrow, line, high, inputs, part, column);
+        }
+        if (Code::HIGH_LINE) {
+          __builtin_prefetch(line + ahead, 0, 2);
+          line += 64;
         }
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t)
@@ -268,17 +273,22 @@ struct Quantized {
   }
 
   template <int TOKENS>
-  static INLINE void steps(vi (&sums)[TOKENS][VECTORS], const uint8_t* line,
-                           const Input* const* x, int column) {
+  static INLINE void steps(vi (&sums)[TOKENS][VECTORS], const uint8_t* line, const uint8_t* high,
+                           const Input* const* x, int part, int column) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
       vi codes = load_as<vi>(line + v * 4 * LANES);
-#pragma GCC unroll 2
-      for (int half = 0; half < Code::COLUMNS / 4; ++half) {
-        vi bytes = keep(Code::bytes(codes, half));
+#pragma GCC unroll 4
+      for (int four = 0; four < Code::COLUMNS / 4; ++four) {
+        vi bytes = Code::bytes(codes, four);
+        if constexpr (Code::HIGH_LINE) {
+          vi thirds = load_as<vi>(high + v * 4 * LANES) >> (column / 4 + four);
+          bytes |= (thirds & 0x01010101) << 2;
+        }
+        bytes = keep(bytes);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t)
-          sums[t][v] = Code::step(sums[t][v], bytes, four(x[t] + column + 4 * half));
+          sums[t][v] = Code::step(sums[t][v], bytes, load_as<int32_t>(x[t] + part + column + 4 * four));
       }
     }
   }

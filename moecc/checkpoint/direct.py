@@ -11,7 +11,7 @@ from moecc.runtime.offload.store import Read, Store
 
 def find_store(recipe: Recipe) -> Store | None:
     """Say where the bytes of a block's records are; None if they have to be computed first."""
-    if recipe.scheme is not None:
+    if recipe.schemes is not None:
         return None
     reads = [_expert(recipe, expert) for expert in range(recipe.experts)]
     found = [one for one in reads if one is not None]

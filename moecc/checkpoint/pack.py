@@ -8,7 +8,7 @@ killed at any point, the next run goes on behind the last complete shard and giv
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,9 @@ from moecc.checkpoint.pieces import Piece, Stored
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.without_experts import make_skeleton
 from moecc.checkpoint.writing import flush, write_tensors, write_text, write_whole
+from moecc.passes.options import Options
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.store import bytes_of
-from moecc.runtime.schemes.scheme import SCHEMES
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
@@ -45,23 +45,23 @@ _NOT_COPIED = ("model.safetensors.index.json", MANIFEST, _UNFINISHED)
 def pack(
     source: Path,
     folder: Path,
-    quantize: str | None = None,
+    quantize: str | Mapping[str, str] | None = None,
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
     name: str = "",
 ) -> Manifest:
     """Pack the checkpoint in `source` into `folder`; go on where an earlier run was stopped.
 
-    `quantize` is the name of a scheme, None keeps weights as they are. `name` is what the manifest
-    calls the source, its path by default. Raises `StoreError` for damaged or odd checkpoints, for
-    weights that are not finite, and when `folder` holds something else.
+    `quantize` is that of `moecc.Options`; None keeps weights as they are. `name` is what the
+    manifest calls the source, its path by default. Raises `OptionError` for a bad `quantize`,
+    `StoreError` for damaged or odd checkpoints, for weights that are not finite, and when `folder`
+    holds something else.
     """
-    scheme = None if quantize is None else SCHEMES[quantize]
+    options = Options.parse({"quantize": quantize})
     model, absent = make_skeleton(source, dtype)
-    recipes = find_recipes(model, absent, source, scheme)
+    recipes = find_recipes(model, absent, source, options)
     files = shards(source)
     manifest = Manifest(
-        scheme=None if scheme is None else str(scheme),
         dtype=str(recipes[0].dtype).removeprefix("torch."),
         source=name or str(source.resolve()),
         files=tuple(_source(file) for file in files),
@@ -71,6 +71,7 @@ def pack(
                 file=f"experts-{number:05}.safetensors",
                 layout=recipe.layout,
                 experts=recipe.experts,
+                schemes=recipe.schemes,
             )
             for number, recipe in enumerate(recipes)
         ),

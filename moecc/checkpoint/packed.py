@@ -1,6 +1,6 @@
 """The format of a packed store: a model whose experts are ready to be read past the page cache.
 
-    DIR/moecc.json             the manifest: version, scheme, source, blocks; written last
+    DIR/moecc.json             the manifest: version, source, blocks and their schemes; written last
     DIR/experts-00000.safetensors   one block each: uint8 [E, record], at whole pages
     DIR/model.safetensors      every other tensor of the checkpoint, under its own name
     DIR/*.json, tokenizer      copied
@@ -21,7 +21,7 @@ from moecc.checkpoint.files import DTYPES, header, read_headers
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.record import PAGE, Layout, Part, up_to
 from moecc.runtime.offload.store import Read, Store
-from moecc.runtime.schemes.scheme import SCHEMES, Scheme
+from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
 MANIFEST = "moecc.json"
 FORMAT = 1
@@ -48,16 +48,16 @@ class PackedBlock:
     file: str
     layout: Layout
     experts: int
+    schemes: Schemes | None
+    """None: experts as the model has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What a packed store says about itself."""
 
-    scheme: str | None
-    """None: experts as the model has them."""
     dtype: str
-    """Of the model's other weights, and of experts without a scheme."""
+    """Of the model's other weights, and of experts without schemes."""
     source: str
     """The folder or hub id that was packed."""
     files: tuple[Source, ...]
@@ -70,13 +70,13 @@ class Manifest:
                 "path": block.path,
                 "file": block.file,
                 "experts": block.experts,
+                "schemes": _scheme_names(block.schemes),
                 "parts": [_part_to_dict(part) for part in block.layout.parts],
             }
             for block in self.blocks
         ]
         plain = {
             "format": FORMAT,
-            "scheme": self.scheme,
             "dtype": self.dtype,
             "source": self.source,
             "files": [asdict(one) for one in self.files],
@@ -108,17 +108,14 @@ def read_manifest(folder: Path) -> Manifest:
                 path=str(one["path"]),
                 file=str(one["file"]),
                 experts=int(one["experts"]),
+                schemes=_schemes(one["schemes"]),
                 layout=_layout(one["parts"]),
             )
             for one in plain["blocks"]
         )
-        scheme = plain["scheme"]
-        if scheme is not None and scheme not in SCHEMES:
-            raise ValueError(f"there is no scheme {scheme!r}")
         if not isinstance(getattr(torch, str(plain["dtype"]), None), torch.dtype):
             raise ValueError(f"there is no dtype {plain['dtype']!r}")
         return Manifest(
-            scheme=scheme,
             dtype=str(plain["dtype"]),
             source=str(plain["source"]),
             files=tuple(Source(**one) for one in plain["files"]),
@@ -126,11 +123,6 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{str(path)!r} is damaged ({error!r}); run moecc pack again") from error
-
-
-def scheme_of(manifest: Manifest) -> Scheme | None:
-    """Give the scheme that experts are packed in."""
-    return None if manifest.scheme is None else SCHEMES[manifest.scheme]
 
 
 def open_store(folder: Path, block: PackedBlock) -> Store:
@@ -183,6 +175,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _part_to_dict(part: Part) -> dict[str, Any]:
     return {"name": part.name, "shape": [*part.shape], "dtype": dtype_name(part.dtype)}
+
+
+def _scheme_names(schemes: Schemes | None) -> list[str] | None:
+    return None if schemes is None else [str(schemes.first), str(schemes.second)]
+
+
+def _schemes(names: list[str] | None) -> Schemes | None:
+    if names is None:
+        return None
+    first, second = names
+    return Schemes(first=SCHEMES[first], second=SCHEMES[second])
 
 
 def _layout(parts: Any) -> Layout:

@@ -14,10 +14,11 @@ from moecc.checkpoint.without_experts import Absent
 from moecc.codegen.low_bit import packed_tensors
 from moecc.codegen.spec import KernelSpec
 from moecc.passes.activation import UnreadableActivation
-from moecc.runtime.errors import InputError, ModelError, MoeccError, StoreError
+from moecc.passes.options import Options
+from moecc.runtime.errors import InputError, ModelError, MoeccError, OptionError, StoreError
 from moecc.runtime.offload.record import Layout
 from moecc.runtime.schemes.packing import packed_bytes
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 from moecc.transformers_experts import experts_spec
 
 
@@ -33,19 +34,21 @@ class Recipe:
     """The first product's weights and the second's, as the checkpoint has them."""
     dtype: torch.dtype
     """Of the model."""
-    scheme: Scheme | None
+    schemes: Schemes | None
     spec: KernelSpec | None
-    """Of the block's kernel; None without a scheme."""
+    """Of the block's kernel; None without schemes."""
 
 
 def find_recipes(
-    model: nn.Module, absent: Sequence[Absent], folder: Path, scheme: Scheme | None
+    model: nn.Module, absent: Sequence[Absent], folder: Path, options: Options
 ) -> list[Recipe]:
     """Say how the experts that a model lacks are made of the checkpoint in `folder`.
 
-    Raises `StoreError` for a checkpoint that does not have them, `ModelError` when a scheme is
-    wanted and the block's activation cannot be read.
+    Their schemes are what `options.quantize` says. Raises `StoreError` for a checkpoint that does
+    not have them, `ModelError` when a block with schemes has an activation that cannot be read.
     """
+    if options.budget is not None:
+        raise OptionError(f"quantize={options.quantize!r} needs a model in memory; name schemes")
     wanted = {
         name: tensor.shape
         for one in absent
@@ -53,42 +56,48 @@ def find_recipes(
     }
     found = find_parameters(model, wanted, shards(folder))
     return [
-        _recipe(one, (found[one.parameters[0]], found[one.parameters[1]]), scheme) for one in absent
+        _recipe(
+            one, (found[one.parameters[0]], found[one.parameters[1]]), options.schemes(one.path)
+        )
+        for one in absent
     ]
 
 
-def _recipe(absent: Absent, pieces: tuple[Piece, Piece], scheme: Scheme | None) -> Recipe:
+def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None) -> Recipe:
     first, second = absent.tensors
     spec = None
     matrices = {
         "gate_up": (tuple(first.shape[1:]), first.dtype),
         "down": (tuple(second.shape[1:]), second.dtype),
     }
-    if scheme is not None:
+    if schemes is not None:
         try:
             spec = experts_spec(absent.module, first, second)
         except UnreadableActivation as error:
             raise ModelError(f"{absent.path!r} cannot be quantized: {error}") from error
-        matrices = _packed_matrices(spec, scheme)
+        matrices = _packed_matrices(spec, schemes)
     return Recipe(
         path=absent.path,
         experts=first.shape[0],
         layout=Layout.of(matrices),
         pieces=pieces,
         dtype=first.dtype,
-        scheme=scheme,
+        schemes=schemes,
         spec=spec,
     )
 
 
 def _packed_matrices(
-    spec: KernelSpec, scheme: Scheme
+    spec: KernelSpec, schemes: Schemes
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     inner, outer = spec.intermediate, spec.hidden
-    shapes = {"gate_up": (inner, outer), "down": (outer, inner)}
+    matrices = {
+        "gate_up": packed_bytes(inner, outer, schemes.first),
+        "down": packed_bytes(outer, inner, schemes.second),
+    }
     if spec.gated:
-        shapes["up"] = (inner, outer)
-    return {name: ((packed_bytes(*shape, scheme),), torch.uint8) for name, shape in shapes.items()}
+        matrices["up"] = matrices["gate_up"]
+    return {name: ((size,), torch.uint8) for name, size in matrices.items()}
 
 
 def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
@@ -102,8 +111,8 @@ def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
             raise InputError("its weights hold inf or NaN")
         first, second = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
         tensors: dict[str, torch.Tensor | None] = {"gate_up": first, "down": second}
-        if recipe.scheme is not None and recipe.spec is not None:
-            packed = packed_tensors(recipe.spec, recipe.scheme, (first, second, None, None, None))
+        if recipe.schemes is not None and recipe.spec is not None:
+            packed = packed_tensors(recipe.spec, recipe.schemes, (first, second, None, None, None))
             tensors = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
     except MoeccError as error:
         raise StoreError(f"cannot pack expert {expert} of {recipe.path!r}: {error}") from error

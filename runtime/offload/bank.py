@@ -23,7 +23,7 @@ from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Request
 from moecc.runtime.ops import AddExpertsFn
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 MOST_TOKENS = 8
 """Tokens of a call for which guesses are made: decoding, or checking a few drafted tokens."""
@@ -39,7 +39,7 @@ class Bank:
     """Of the block, among those of its model, in the order of its layers."""
     store: Store
     pool: Pool
-    scheme: Scheme | None = None
+    schemes: Schemes | None = None
     """Of the matrices in the store; None are the model's own."""
     guesses: Guesses = field(default_factory=Guesses)
 

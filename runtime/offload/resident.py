@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 import torch
 
 from moecc.runtime.ops import AddExpertsFn
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
     """The experts of one block in memory, where the model has none of its own."""
 
-    scheme: Scheme | None
+    schemes: Schemes | None
     tensors: dict[str, torch.Tensor]
     """By the names of a record, [E, ...]."""
     slots: torch.Tensor = field(init=False)

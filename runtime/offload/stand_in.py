@@ -13,7 +13,7 @@ from torch import nn
 
 from moecc.runtime.errors import InputError
 from moecc.runtime.modules import parameters_of
-from moecc.runtime.schemes.scheme import Scheme
+from moecc.runtime.schemes.scheme import Schemes
 
 _ATTRIBUTE = "moecc_lender"
 
@@ -22,7 +22,7 @@ class Lender(Protocol):
     """What computes a block whose experts are not its model's own tensors."""
 
     @property
-    def scheme(self) -> Scheme | None:
+    def schemes(self) -> Schemes | None:
         """Of the weights; None where they have the model's own dtype and layout."""
         ...
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from moecc.runtime.schemes.scheme import Quantized
+from moecc.runtime.schemes.scheme import Quantized, Scheme
 
 
-def quantize(weight: torch.Tensor) -> Quantized:
+def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     """Round a matrix [N, K] to nearest."""
     wide = weight.float()
     scales = wide.abs().amax(1, keepdim=True) / 127
@@ -13,6 +13,10 @@ def quantize(weight: torch.Tensor) -> Quantized:
     return Quantized(codes=codes.to(torch.int8), scales=scales)
 
 
-def dequantize(quantized: Quantized) -> torch.Tensor:
+quantize = nearest
+"""At 8 bits there is nothing to gain from scales that clip."""
+
+
+def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Give the float32 matrix [N, K] that codes stand for."""
     return quantized.codes.float() * quantized.scales

@@ -1,31 +1,69 @@
-"""mxfp4: e2m1 codes in groups of 32 with a power of two each (OCP Microscaling Formats 1.0)."""
+"""mxfp4: e2m1 codes in groups of 32 with a power of two each (OCP Microscaling Formats 1.0).
+
+`nearest` takes the power that the largest weight of a group lies in, as the standard says: it then
+rounds to 4, 6 or beyond, and what is beyond 6 is cut. `quantize` tries the powers beside it too and
+keeps the one with the least squared error.
+"""
 
 import torch
 
-from moecc.runtime.schemes.scheme import MXFP4, Quantized
+from moecc.runtime.schemes.fit import by_column, put_together, total
+from moecc.runtime.schemes.scheme import Quantized, Scheme
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """What each code stands for."""
-_BOUNDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
-"""Half-way between magnitudes."""
-_TIES_UP = torch.tensor([False, True, False, True, False, True, False])
-"""Where the even code lies above the bound."""
 
 
-def quantize(weight: torch.Tensor) -> Quantized:
+def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     """Round a matrix [N, K], K in whole groups: to nearest, ties to even codes, beyond 6 to 6."""
-    groups = weight.float().reshape(len(weight), -1, MXFP4.block)
-    _, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True))  # amax = m * 2^e, m in [0.5, 1)
-    power = (exponent - 1 - 2).clamp(-126, 127)  # the largest code is 1.5 * 2^2
-    scaled = groups / torch.exp2(power.float())
-    above = scaled.abs().unsqueeze(-1) - _BOUNDS
-    codes = ((above > 0) | ((above == 0) & _TIES_UP)).sum(-1) + 8 * (scaled < 0)
-    return Quantized(
-        codes=codes.to(torch.uint8).flatten(1), scales=(power + 127).to(torch.uint8).squeeze(-1)
-    )
+    parts = by_column(weight, scheme.block)
+    return put_together([_coded(part, _power(part)) for part in parts], len(weight))
 
 
-def dequantize(quantized: Quantized) -> torch.Tensor:
+def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Round a matrix [N, K], K in whole groups, with the best of three powers for each."""
+    parts = by_column(weight, scheme.block)
+    return put_together([_coded(part, _fit(part)) for part in parts], len(weight))
+
+
+def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Give the float32 matrix [N, K] that codes stand for."""
-    values = VALUES[quantized.codes.long()].reshape(len(quantized.codes), -1, MXFP4.block)
+    values = VALUES[quantized.codes.long()].reshape(len(quantized.codes), -1, scheme.block)
     return (values * torch.exp2(quantized.scales.float() - 127).unsqueeze(-1)).flatten(1)
+
+
+def _power(part: torch.Tensor) -> torch.Tensor:
+    """Give the exponent with which the largest weight of a group falls within [4, 8)."""
+    _, exponent = torch.frexp(part.abs().amax(0))  # amax = m * 2^e, m in [0.5, 1)
+    return (exponent - 1 - 2).clamp(-126, 127)  # the largest code is 1.5 * 2^2
+
+
+def _fit(part: torch.Tensor) -> torch.Tensor:
+    nearest = best = _power(part)
+    least = torch.full_like(part[0], torch.inf)
+    for power in (nearest, nearest - 1, nearest + 1):
+        power = power.clamp(-126, 127)
+        scaled = part.abs() / torch.exp2(power.float())
+        error = total((_magnitude(scaled) - scaled).square_())
+        error *= torch.exp2(2.0 * (power - nearest))
+        best = torch.where(error < least, power, best)
+        least = torch.where(error < least, error, least)
+    return best
+
+
+def _magnitude(scaled: torch.Tensor) -> torch.Tensor:
+    """Round to 0, 0.5, .. 2, 3, 4, 6: whole steps of 0.5, 1 and 2, each rounding ties to even.
+
+    A multiple of a step is even in codes too, since each range begins with an even code.
+    """
+    step = torch.where(scaled < 2, 0.5, torch.where(scaled < 4, 1.0, 2.0))
+    return (scaled / step).round_().mul_(step).clamp_(max=6)
+
+
+def _coded(part: torch.Tensor, power: torch.Tensor) -> Quantized:
+    scaled = part / torch.exp2(power.float())
+    size = _magnitude(scaled.abs())
+    # 0..2 are twice codes, 2..4 two more than them, and then comes 6.
+    codes = torch.where(size <= 2, size * 2, torch.where(size <= 4, size + 2, 7.0))
+    codes = codes + 8 * (scaled < 0)
+    return Quantized(codes=codes.to(torch.uint8), scales=(power + 127).to(torch.uint8))

@@ -3,45 +3,84 @@
     panel    scales, to a whole line | lines
     line     64 bytes: columns k..k+3 of row 0, of row 1, ... of row 15
              with 4-bit codes columns k..k+7: the first four in the low halves of the bytes
+             with 2-bit codes columns k..k+15: the first four in the lowest quarters
+             with 3-bit codes two lines of their low bits, and one with the third bits of both
     scales   of 16 rows for each group in turn; with zeros, then their 16 zeros
+             one for each group where rows share them
 
 One vector of a kernel then belongs to as many rows, and sums need no addition across lanes. Rows
 are filled up to whole panels and columns to whole blocks; what is filled up is multiplied by zero.
 """
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 
 from moecc.runtime.errors import InputError
-from moecc.runtime.schemes import int4, int8, mxfp4
+from moecc.runtime.schemes import fp8, grouped, int8, mxfp4
 from moecc.runtime.schemes.scheme import Quantized, Scheme
 
 ROWS = 16
 LINE = 64
 
 
+class Format(Protocol):
+    """What the file of a format has: each rounds or gives back one matrix [N, K]."""
+
+    def nearest(self, weight: torch.Tensor, scheme: Scheme) -> Quantized:
+        """Round to nearest."""
+        ...
+
+    def quantize(self, weight: torch.Tensor, scheme: Scheme) -> Quantized:
+        """Round with fitted scales."""
+        ...
+
+    def dequantize(self, quantized: Quantized, scheme: Scheme) -> torch.Tensor:
+        """Give what codes stand for."""
+        ...
+
+
+FORMATS: Mapping[str, Format] = {
+    "int8": int8,
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+    **dict.fromkeys(("int4", "int3", "int2"), grouped),
+}
+
+
 def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     """Quantize a matrix [N, K]; columns are filled up to whole blocks.
 
-    Raises `InputError` when a weight is not finite.
+    Raises `InputError` when a weight is not finite, or too large for the scheme's scales.
     """
-    if not weight.isfinite().all():
-        raise InputError(
-            f"weights of shape {[*weight.shape]} hold inf or NaN; {scheme} has neither"
-        )
-    weight = F.pad(weight, (0, -weight.shape[1] % scheme.block))
-    if scheme.name == "int8":
-        return int8.quantize(weight)
-    return int4.quantize(weight, scheme) if scheme.name == "int4" else mxfp4.quantize(weight)
+    return FORMATS[scheme.name].quantize(_in_blocks(weight, scheme), scheme)
+
+
+def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Quantize a matrix as `quantize` does, by plain rounding: what a fit has to be better than."""
+    return FORMATS[scheme.name].nearest(_in_blocks(weight, scheme), scheme)
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Give the float32 matrix [N, K] that codes stand for."""
-    if scheme.name == "int8":
-        return int8.dequantize(quantized)
-    if scheme.name == "int4":
-        return int4.dequantize(quantized, scheme)
-    return mxfp4.dequantize(quantized)
+    return FORMATS[scheme.name].dequantize(quantized, scheme)
+
+
+def _in_blocks(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Fill columns up with those of the last block, over and over, so that its fit stays theirs."""
+    if not weight.isfinite().all():
+        raise InputError(
+            f"weights of shape {[*weight.shape]} hold inf or NaN; {scheme} has neither"
+        )
+    columns, block = weight.shape[1], scheme.block
+    whole = columns // block * block
+    if whole == columns:
+        return weight
+    column = torch.arange(_filled(columns, block), device=weight.device)
+    column[columns:] = whole + (column[columns:] - whole) % (columns - whole)
+    return weight[:, column]
 
 
 def panel_bytes(columns: int, scheme: Scheme) -> int:
@@ -73,13 +112,12 @@ def unpack_experts(packed: torch.Tensor, shape: tuple[int, ...], scheme: Scheme)
 def pack(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Lay one matrix out: uint8 [bytes]."""
     codes = _in_panels(quantized.codes.view(torch.uint8))  # [panels, 16, K]
-    panels = len(codes)
-    if scheme.bits == 8:
-        lines = codes.reshape(panels, ROWS, -1, 4).transpose(1, 2)
+    lines = _lines(codes, scheme.bits)
+    if scheme.rows > 1:
+        scales = quantized.scales.repeat_interleave(scheme.rows // ROWS, 0)[: len(codes)]
+        scales = scales.contiguous().view(torch.uint8)
     else:
-        low, high = codes.reshape(panels, ROWS, -1, 2, 4).unbind(3)
-        lines = (low | high << 4).transpose(1, 2)
-    scales = _scales_in_panels(quantized.scales, quantized.zeros)
+        scales = _scales_in_panels(quantized.scales, quantized.zeros)
     fill = _scale_bytes(quantized.codes.shape[1], scheme) - scales.shape[1]
     return torch.cat([F.pad(scales, (0, fill)), lines.flatten(1)], dim=1).flatten()
 
@@ -88,17 +126,17 @@ def unpack(packed: torch.Tensor, rows: int, columns: int, scheme: Scheme) -> Qua
     """Undo `pack` for a matrix of so many rows and columns; filled-up columns stay."""
     panels = packed.view(-1, panel_bytes(columns, scheme))
     scale_bytes, filled = _scale_bytes(columns, scheme), _filled(columns, scheme.block)
-    lines = panels[:, scale_bytes:].reshape(len(panels), -1, ROWS, 4).transpose(1, 2)
-    if scheme.bits == 4:
-        lines = torch.stack([lines & 15, lines >> 4], dim=3)
-    codes = lines.reshape(-1, filled)[:rows]
+    codes = _codes(panels[:, scale_bytes:], scheme.bits).reshape(-1, filled)[:rows]
     groups = filled // scheme.block if scheme.group else 1
     kinds = 2 if scheme.zeros else 1
-    used = groups * kinds * ROWS * scheme.scale.itemsize
-    stored = panels[:, :used].contiguous().view(scheme.scale).view(-1, groups, kinds, ROWS)
+    used = groups * kinds * _sharing(scheme) * scheme.scale.itemsize
+    stored = panels[:, :used].contiguous().view(scheme.scale)
+    if scheme.rows > 1:
+        return Quantized(codes=codes, scales=stored[:: scheme.rows // ROWS])
+    stored = stored.view(-1, groups, kinds, ROWS)
     scales = [kind.transpose(1, 2).reshape(-1, groups)[:rows] for kind in stored.unbind(2)]
     return Quantized(
-        codes=codes.view(torch.int8) if scheme.bits == 8 else codes,
+        codes=codes.view(torch.int8) if scheme.name == "int8" else codes,
         scales=scales[0],
         zeros=scales[1] if scheme.zeros else None,
     )
@@ -110,8 +148,36 @@ def _filled(columns: int, block: int) -> int:
 
 def _scale_bytes(columns: int, scheme: Scheme) -> int:
     groups = _filled(columns, scheme.block) // scheme.block if scheme.group else 1
-    size = ROWS * scheme.scale.itemsize * groups * (2 if scheme.zeros else 1)
+    size = _sharing(scheme) * scheme.scale.itemsize * groups * (2 if scheme.zeros else 1)
     return _filled(size, LINE)
+
+
+def _sharing(scheme: Scheme) -> int:
+    """Count the scales that a panel has for a group."""
+    return ROWS if scheme.rows == 1 else 1
+
+
+def _lines(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Lay codes [panels, 16, K] out: [panels, lines, 16, 4]."""
+    if bits == 3:
+        low, high = _lines(codes & 3, 2), _lines(codes >> 2, 1)
+        pairs = low.reshape(len(low), -1, 2, ROWS, 4)
+        return torch.cat([pairs, high.unsqueeze(2)], dim=2).flatten(1, 2)
+    parts = codes.reshape(len(codes), ROWS, -1, 8 // bits, 4).unbind(3)
+    line = parts[0]
+    for place, part in enumerate(parts[1:], 1):
+        line = line | part << bits * place
+    return line.transpose(1, 2)
+
+
+def _codes(lines: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undo `_lines` for bytes [panels, ..]: [panels, 16, K]."""
+    if bits == 3:
+        threes = lines.reshape(len(lines), -1, 3, LINE)
+        return _codes(threes[:, :, :2], 2) | _codes(threes[:, :, 2], 1) << 2
+    line = lines.reshape(len(lines), -1, ROWS, 4).transpose(1, 2)
+    parts = [line >> bits * place & (1 << bits) - 1 for place in range(8 // bits)]
+    return torch.stack(parts, dim=3).flatten(2)
 
 
 def _in_panels(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Say how weights are quantized."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,13 +16,15 @@ class Scheme:
     """A weight-only format: each weight is a code, and groups of them share a scale."""
 
     name: str
-    """`int8`, `int4` or `mxfp4`."""
+    """`int8`, `fp8`, `int4`, `mxfp4`, `int3` or `int2`."""
     bits: int
     """Of a code."""
     scale: torch.dtype
     """Of stored scales; uint8 are powers of two, 127 standing for 1 (e8m0)."""
     group: int | None = None
     """Weights along a row that share a scale; None: the whole row."""
+    rows: int = 1
+    """Rows that share a scale with each other."""
     zeros: bool = False
     """Each group also stores the weight that its code 0 stands for."""
 
@@ -31,15 +34,37 @@ class Scheme:
         return self.group or ACTIVATION_BLOCK
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Kernels round inputs to 8 bits and multiply integers; e4m3 codes are no integers."""
+        return self.name != "fp8"
+
+    @property
     def bits_per_weight(self) -> float:
         """Storage, scales counted, for long rows."""
         shared = self.scale.itemsize * 8 * (2 if self.zeros else 1)
-        return self.bits + (shared / self.group if self.group else 0)
+        return self.bits + (shared / self.group / self.rows if self.group else 0)
 
     def __str__(self) -> str:
         """Name the scheme as options do: `int4-g64-zeros`."""
-        group = f"-g{self.group}" if self.name == "int4" else ""
+        group = f"-g{self.group}" if self.name in _GROUPED else ""
+        if self.rows > 1:
+            group = f"-b{self.rows}"
         return f"{self.name}{group}{'-zeros' if self.zeros else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schemes:
+    """The schemes of a block: one for each of its two products."""
+
+    first: Scheme
+    """Of gate and up."""
+    second: Scheme
+    """Of down."""
+
+    def __str__(self) -> str:
+        """Name them as one if they are the same: `int4-g32`, else `int4-g32 + int8`."""
+        same = self.first == self.second
+        return str(self.first) if same else f"{self.first} + {self.second}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,25 +74,40 @@ class Quantized:
     codes: torch.Tensor
     """[N, K] int8 for `int8`, else uint8."""
     scales: torch.Tensor
-    """[N, K / group], or [N, 1] for whole rows; in the scheme's dtype."""
+    """[N / rows, K / group], or [N, 1] for whole rows; in the scheme's dtype."""
     zeros: torch.Tensor | None = None
     """As scales: the weight that code 0 stands for."""
 
 
-def int4(group: int = 32, *, zeros: bool = False) -> Scheme:
-    """Give the 4-bit scheme of some group size; raises `InputError` for one that kernels lack."""
-    if group not in (32, 64, 128):
-        raise InputError(f"int4 groups have 32, 64 or 128 weights, not {group}")
-    return Scheme(name="int4", bits=4, scale=torch.float16, group=group, zeros=zeros)
+_GROUPED = {"int2": 2, "int3": 3, "int4": 4}
+_SIZES = (32, 64, 128)
 
 
+def grouped(name: str, group: int = 32, *, zeros: bool = False) -> Scheme:
+    """Give a scheme of `int2`, `int3` or `int4`; raises `InputError` for a size kernels lack."""
+    if group not in _SIZES:
+        raise InputError(f"{name} groups have 32, 64 or 128 weights, not {group}")
+    return Scheme(name=name, bits=_GROUPED[name], scale=torch.float16, group=group, zeros=zeros)
+
+
+int4 = partial(grouped, "int4")
 INT8 = Scheme(name="int8", bits=8, scale=torch.float32)
+FP8 = Scheme(name="fp8", bits=8, scale=torch.float32)
+FP8_BLOCKS = Scheme(name="fp8", bits=8, scale=torch.float32, group=128, rows=128)
 MXFP4 = Scheme(name="mxfp4", bits=4, scale=torch.uint8, group=32)
 SCHEMES = {
-    "int4": int4(),
+    **{name: grouped(name) for name in _GROUPED},
+    **{str(one): one for one in (INT8, FP8, FP8_BLOCKS, MXFP4)},
     **{
         str(one): one
-        for one in (INT8, MXFP4, *(int4(g, zeros=z) for g in (32, 64, 128) for z in (False, True)))
+        for one in (
+            grouped(name, size, zeros=zeros)
+            for name in reversed(_GROUPED)
+            for size in _SIZES
+            for zeros in (False, True)
+        )
     },
 }
-"""Every scheme by its name; `int4` alone has groups of 32."""
+"""Every scheme by its name; `int4` alone has groups of 32, and so have `int3` and `int2`.
+
+int3 and int2 are experimental: for copies that draft, which a better one checks."""

@@ -25,7 +25,7 @@ def test_quantize_is_off_unless_asked_for(program: Program) -> None:
 
 def test_quantize_gives_each_block_its_scheme_once(program: Program) -> None:
     outcome = quantize_experts(program, Options(quantize="int4"))
-    assert [str(block.scheme) for block in outcome.program.blocks] == ["int4-g32"]
+    assert [str(block.schemes) for block in outcome.program.blocks] == ["int4-g32"]
     assert (outcome.rewrites, outcome.misses) == (1, ())
     again = quantize_experts(outcome.program, Options(quantize="int4"))
     assert (again.program, again.rewrites) == (outcome.program, 0)
@@ -33,11 +33,11 @@ def test_quantize_gives_each_block_its_scheme_once(program: Program) -> None:
 
 def test_quantize_says_which_blocks_no_pattern_means(program: Program) -> None:
     outcome = quantize_experts(program, Options(quantize={"model.*": "int8"}))
-    assert [block.scheme for block in outcome.program.blocks] == [None]
-    assert "no pattern" in outcome.misses[0].why
+    assert [block.schemes for block in outcome.program.blocks] == [None]
+    assert "match nothing of it" in outcome.misses[0].why
     path = program.blocks[0].path
     outcome = quantize_experts(program, Options(quantize={path: "mxfp4", "*": "int8"}))
-    assert [str(block.scheme) for block in outcome.program.blocks] == ["mxfp4"]
+    assert [str(block.schemes) for block in outcome.program.blocks] == ["mxfp4"]
 
 
 @pytest.mark.parametrize(

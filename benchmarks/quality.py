@@ -1,0 +1,230 @@
+"""Measure what low-bit experts cost: bits per weight against KL, perplexity and agreement.
+
+    python -m benchmarks.quality                                   # the shipped model
+    python -m benchmarks.quality benchmarks/reference FOLDER --json FILE --plot FILE
+
+FOLDER is a checkpoint of `benchmarks.train_reference`. The expert weights of a model are replaced
+by what their codes stand for, and the rest stays as it is, so that contenders differ in nothing but
+the rounding of weights; all are calibration-free. `as run` rows are moecc's own kernels, which
+round inputs to 8 bits too. `4.5bpw` is the budget of `moecc.runtime.schemes.budget`, beside the
+uniform scheme with as many bits. Bits are those of rows that whole groups fill: the shipped model's
+rows of 48 take more. Results are written after each model.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.perplexity import ROWS, WINDOW, find_texts
+from benchmarks.rounding import Contender, contenders, missing
+from benchmarks.timing import machine, table
+from moecc.runtime.schemes.budget import CANDIDATES, allocate, relative_error
+from moecc.runtime.schemes.packing import dequantize, quantize
+from moecc.runtime.schemes.scheme import SCHEMES, Scheme
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+AS_RUN = ("int8", "int4", "int4-g32-zeros", "mxfp4", "fp8")
+BUDGETS = (4.25, 4.5, 5.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one contender costs on one model."""
+
+    model: str
+    name: str
+    family: str
+    bits: float
+    kl: float
+    """Mean over tokens of KL(unquantized, quantized), in nats."""
+    perplexity: float
+    change: float
+    """Of perplexity, relative to the unquantized model."""
+    agreement: float
+    """Share of tokens whose most likely successor stays the same."""
+
+
+class Subject:
+    """A model, its text, and what it says unquantized."""
+
+    def __init__(self, folder: str, tokens: int | None) -> None:
+        """Load a checkpoint and its validation texts; `tokens` limits those of each kind."""
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.name: str = self._model.config.model_type
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = [path.read_text(encoding="utf-8") for path in find_texts(folder)]
+        ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
+        windows = [one[: len(one) // WINDOW * WINDOW][:tokens].view(-1, WINDOW) for one in ids]
+        self._batches = torch.cat(windows).split(ROWS)
+        self.tokens = sum(batch[:, 1:].numel() for batch in self._batches)
+        self._own = {
+            f"{path}.{name}": getattr(module, name).detach().clone()
+            for path, module in self._model.named_modules()
+            for name in PROJECTIONS
+            if hasattr(module, name)
+        }
+        self.adopt()
+        self._said = [self._log_likelihoods(batch) for batch in self._batches]
+
+    def adopt(self, scheme: str | None = None) -> None:
+        """Let moecc's kernels run the experts, in a scheme or as their weights are."""
+        torch.compile(self._model, backend="moecc", options={"quantize": scheme})
+
+    def matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Give the expert matrices [E, N, K] of each block and projection."""
+        yield from self._own.items()
+
+    def write(self, path: str, weights: torch.Tensor) -> None:
+        """Replace expert matrices by others."""
+        with torch.no_grad():
+            own = self._model.get_parameter(path)
+            own.copy_(weights.reshape(own.shape))
+
+    def restore(self) -> None:
+        """Write the model's own weights back."""
+        for path, weights in self._own.items():
+            self.write(path, weights)
+
+    def measure(self, name: str, family: str, bits: float) -> Measured:
+        """Compare what the model says now with what it said unquantized."""
+        kl = loss = base = agreed = 0.0
+        for batch, own in zip(self._batches, self._said, strict=True):
+            now, targets = self._log_likelihoods(batch), batch[:, 1:].flatten()
+            kl += float(F.kl_div(now, own, log_target=True, reduction="sum"))
+            loss += float(F.nll_loss(now, targets, reduction="sum"))
+            base += float(F.nll_loss(own, targets, reduction="sum"))
+            agreed += float((now.argmax(-1) == own.argmax(-1)).sum())
+        count = self.tokens
+        return Measured(
+            model=self.name, name=name, family=family, bits=round(bits, 4), kl=kl / count,
+            perplexity=math.exp(loss / count), change=math.expm1((loss - base) / count),
+            agreement=agreed / count,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _log_likelihoods(self, batch: torch.Tensor) -> torch.Tensor:
+        logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        return logits.log_softmax(-1).flatten(0, 1)
+
+
+def measure_all(subject: Subject) -> Iterator[Measured]:
+    """Measure every contender, what moecc's kernels make of some, and the budgets."""
+    for contender in contenders():
+        _round(subject, contender)
+        yield subject.measure(contender.name, contender.family, contender.bits)
+    yield from _budgets(subject)
+    subject.restore()
+    for name in AS_RUN:
+        subject.adopt(name)
+        yield subject.measure(name, "moecc, as run", SCHEMES[name].bits_per_weight)
+    subject.adopt()
+
+
+def _round(subject: Subject, contender: Contender) -> None:
+    for path, weights in subject.matrices():
+        # Groups lie along rows, so experts may be stacked, but blocks of rows end with an expert.
+        if contender.name.startswith("fp8-b"):
+            known = torch.stack([contender.rounded(one) for one in weights])
+        else:
+            known = contender.rounded(weights.flatten(0, 1))
+        subject.write(path, known)
+
+
+def _budgets(subject: Subject) -> Iterator[Measured]:
+    """Share bits among blocks and projections by relative error, weighed by their size."""
+    own = {path: weights.flatten(0, 1) for path, weights in subject.matrices()}
+    weights = sum(flat.numel() for flat in own.values())
+    errors = [
+        [relative_error([flat], one) * flat.numel() for one in CANDIDATES] for flat in own.values()
+    ]
+    sizes = [[_bytes(flat, one) for one in CANDIDATES] for flat in own.values()]
+    for bits in BUDGETS:
+        picked = allocate(errors, sizes, int(bits * weights / 8))
+        chosen = [CANDIDATES[number] for number in picked]
+        for (path, flat), scheme in zip(own.items(), chosen, strict=True):
+            known = dequantize(quantize(flat, scheme), scheme)[:, : flat.shape[1]]
+            subject.write(path, known)
+        spent = sum(map(_bytes, own.values(), chosen))
+        counts = ", ".join(f"{chosen.count(one)} {one}" for one in dict.fromkeys(chosen))
+        print(f"{bits}bpw: {counts}")
+        yield subject.measure(f"{bits}bpw", "moecc, mixed", 8 * spent / weights)
+
+
+def _bytes(flat: torch.Tensor, scheme: Scheme) -> int:
+    return int(flat.numel() * scheme.bits_per_weight / 8)
+
+
+def _write(rows: list[Measured], results: Path | None, picture: Path | None) -> None:
+    if results:
+        found = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        results.write_text(json.dumps(found, indent=1) + "\n")
+    if picture:
+        plot(rows, picture)
+
+
+def plot(rows: list[Measured], file: Path) -> None:
+    """Draw bits against KL, one panel a model."""
+    try:
+        import matplotlib.pyplot as pyplot
+    except ImportError:
+        raise SystemExit(
+            "a plot needs matplotlib: pip install matplotlib, or leave '--plot' out"
+        ) from None
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, panels = pyplot.subplots(1, len(models), figsize=(7 * len(models), 5), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        for family in dict.fromkeys(row.family for row in rows):
+            points = sorted(
+                (row.bits, row.kl) for row in rows if (row.model, row.family) == (model, family)
+            )
+            marker = "o" if family.startswith("moecc") else "x"
+            panel.scatter(*zip(*points, strict=True), label=family, marker=marker, alpha=0.7)
+        panel.set(title=model, xlabel="bits per weight", ylabel="mean KL, nats", yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Read the command line, measure and print."""
+    parser = argparse.ArgumentParser(description="Measure what low-bit experts cost.")
+    parser.add_argument("models", nargs="*", default=["benchmarks/reference"], help="folders")
+    parser.add_argument("--tokens", type=int, help="of each kind of text [all]")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--plot", type=Path, help="picture of the frontier; needs matplotlib")
+    args = parser.parse_args()
+    print(machine())
+    if missing():
+        print(f"left out, not installed: {', '.join(missing())}")
+    rows: list[Measured] = []
+    for folder in args.models:
+        subject = Subject(folder, args.tokens)
+        print(f"{subject.name}: {subject.tokens} tokens", flush=True)
+        for row in measure_all(subject):
+            rows.append(row)
+            print(
+                f"{row.family:>14} {row.name:<16} {row.bits:5.3f} bits  KL {row.kl:.6f}  "
+                f"perplexity {row.change:+.2%}  same {row.agreement:.2%}",
+                flush=True,
+            )
+        _write(rows, args.json, args.plot)
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = sorted((row for row in rows if row.model == model), key=lambda row: row.bits)
+        head = [[model, "bits", "KL", "perplexity", "same token"]]
+        print(table(head + [
+            [f"{row.family}: {row.name}", f"{row.bits:.3f}", f"{row.kl:.5f}", f"{row.change:+.2%}",
+             f"{row.agreement:.2%}"] for row in mine
+        ]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

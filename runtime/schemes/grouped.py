@@ -1,0 +1,170 @@
+"""int2, int3, int4: codes 0..2^bits - 1 in groups along a row, a float16 scale each.
+
+    w = (code - 2^(bits - 1)) * scale        or, with zeros,        w = code * scale + zero
+
+Without zeros the largest weight may get code 0, which has no counterpart on the other side, so that
+all codes are of use (as in llama.cpp's Q4_0).
+
+`nearest` spans the largest weights of a group. `quantize` fits scales and zeros to the squared
+error instead: it rounds, solves for the best scale (and zero) of these codes, and rounds again,
+from several ranges, some of which clip. With zeros the first turns are half-quadratic (Badri and
+Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023): the part of an error
+beyond what a root-norm bears is taken out before solving, so that clipped weights do not pull.
+"""
+
+import torch
+
+from moecc.runtime.errors import InputError
+from moecc.runtime.schemes.fit import by_column, put_together, total
+from moecc.runtime.schemes.scheme import Quantized, Scheme
+
+_SMALLEST = 2.0**-24
+"""Of float16: a scale below has no code to share."""
+_SYMMETRIC_STARTS = (1.0, 0.94, 0.85)
+"""Parts of the largest weight that the outermost code stands for at first, on either side."""
+_AFFINE_STARTS = (1.0, 0.92)
+"""Parts of the range between smallest and largest that codes span at first."""
+_TURNS, _ROBUST_TURNS = 2, 3
+_SHARPNESS = 5.0
+"""beta of the root-norm, for errors in steps: it bears 0.34 steps in full."""
+
+_Fit = tuple[torch.Tensor, torch.Tensor]
+"""Scale and the weight of code 0, for each group."""
+
+
+def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Round a matrix [N, K], K in whole groups, between the largest weights of each group."""
+    parts = by_column(weight, scheme.block)
+    if scheme.zeros:
+        coded = [_coded(part, _span(part, scheme, 1.0), scheme) for part in parts]
+    else:
+        coded = [
+            _coded(part, _signed(_largest(part) / -_half(scheme), scheme), scheme) for part in parts
+        ]
+    return put_together(coded, len(weight))
+
+
+def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Round a matrix [N, K], K in whole groups, with scales and zeros fitted to it."""
+    fit = _fit_affine if scheme.zeros else _fit_symmetric
+    parts = by_column(weight, scheme.block)
+    return put_together([_coded(part, fit(part, scheme), scheme) for part in parts], len(weight))
+
+
+def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
+    """Give the float32 matrix [N, K] that codes stand for."""
+    codes = quantized.codes.float().reshape(len(quantized.codes), -1, scheme.block)
+    scales = quantized.scales.float().unsqueeze(-1)
+    if quantized.zeros is None:
+        return ((codes - _half(scheme)) * scales).flatten(1)
+    return (codes * scales + quantized.zeros.float().unsqueeze(-1)).flatten(1)
+
+
+def _fit_symmetric(part: torch.Tensor, scheme: Scheme) -> _Fit:
+    """Find scales of least squared error, from a few, improved by turns.
+
+    For codes q the best scale is wq / qq, and it explains (wq)^2 / qq of the weights' squares.
+    """
+    half, largest = _half(scheme), _largest(part)
+    best, most = torch.zeros_like(largest), torch.full_like(largest, -1)
+    for outermost in (-half, half - 1):
+        for kept in _SYMMETRIC_STARTS:
+            scale = largest * (kept / outermost)
+            along = scale
+            for _ in range(_TURNS):
+                codes = _rounded(part, scale, -half, half - 1)
+                along = total(part * codes)
+                scale = along / total(codes.square_()).clamp_(min=1)
+            explained = along * scale
+            better = explained > most
+            best = torch.where(better, scale, best)
+            most = torch.where(better, explained, most)
+    return _signed(best, scheme)
+
+
+def _fit_affine(part: torch.Tensor, scheme: Scheme) -> _Fit:
+    """Find scales and zeros of least squared error, from a few ranges, improved by turns."""
+    top = 2**scheme.bits - 1
+    best, least = _span(part, scheme, 1.0), torch.full_like(part[0], torch.inf)
+    for kept in _AFFINE_STARTS:
+        fit = _span(part, scheme, kept)
+        for turn in range(_ROBUST_TURNS + _TURNS):
+            codes = _rounded(part - fit[1], fit[0], 0, top)
+            wanted = part - _unbearable(part, codes, fit) if turn < _ROBUST_TURNS else part
+            fit = _line(wanted, codes, fit)
+        codes = _rounded(part - fit[1], fit[0], 0, top)
+        error = total(_error(part, codes, fit).square_())
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (torch.where(better, fit[0], best[0]), torch.where(better, fit[1], best[1]))
+    return best
+
+
+def _unbearable(part: torch.Tensor, codes: torch.Tensor, fit: _Fit) -> torch.Tensor:
+    """Give the part of each error that the root-norm leaves out: |d| - 1 / (beta sqrt|d|)."""
+    scale = _step(fit[0])
+    error = _error(part, codes, fit).div_(scale)
+    size = error.abs()
+    borne = (size.clamp(min=1e-6).rsqrt_()).mul_(1 / _SHARPNESS)
+    return size.sub_(borne).clamp_(min=0).mul_(error.sign_()).mul_(scale)
+
+
+def _error(part: torch.Tensor, codes: torch.Tensor, fit: _Fit) -> torch.Tensor:
+    return (codes * fit[0]).add_(fit[1]).neg_().add_(part)
+
+
+def _line(wanted: torch.Tensor, codes: torch.Tensor, fit: _Fit) -> _Fit:
+    """Solve for the line codes * scale + zero of least squares; keep the scale of equal codes."""
+    count, weights, sums = len(codes), total(wanted), total(codes)
+    spread = count * total(codes.square()) - sums * sums
+    slope = count * total(codes * wanted) - sums * weights
+    scale = torch.where(spread > 0, slope / spread.clamp(min=1), fit[0])
+    return scale, (weights - scale * sums) / count
+
+
+def _span(part: torch.Tensor, scheme: Scheme, kept: float) -> _Fit:
+    """Spread codes over part of the range of each group, about its middle."""
+    low, high = part.amin(0), part.amax(0)
+    top = 2**scheme.bits - 1
+    scale = (high - low) * (kept / top)
+    return scale, low if kept == 1 else (low + high - scale * top) / 2
+
+
+def _signed(scale: torch.Tensor, scheme: Scheme) -> _Fit:
+    return scale, -_half(scheme) * scale
+
+
+def _largest(part: torch.Tensor) -> torch.Tensor:
+    low, high = part.amin(0), part.amax(0)
+    return torch.where(high > -low, high, low)
+
+
+def _half(scheme: Scheme) -> int:
+    return 2 ** (scheme.bits - 1)
+
+
+def _step(scale: torch.Tensor) -> torch.Tensor:
+    """Make scales to divide by: nothing is left of what is divided by one that is too small."""
+    return torch.where(scale.abs() < _SMALLEST, torch.inf, scale)
+
+
+def _rounded(part: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    return (part / _step(scale)).round_().clamp_(low, high)
+
+
+def _coded(part: torch.Tensor, fit: _Fit, scheme: Scheme) -> Quantized:
+    """Round [block, groups] with scales and zeros as they are stored."""
+    scales, zeros = fit[0].to(scheme.scale), fit[1].to(scheme.scale)
+    if not (scales.isfinite() & zeros.isfinite()).all():
+        raise InputError(
+            f"weights up to {float(part.abs().max()):.3g} are too large for the float16 scales of "
+            f"{scheme}; int8 and mxfp4 have no such limit"
+        )
+    if scheme.zeros:
+        codes = _rounded(part - zeros.float(), scales.float(), 0, 2**scheme.bits - 1)
+    else:
+        half = _half(scheme)
+        codes = _rounded(part, scales.float(), -half, half - 1) + half
+    return Quantized(
+        codes=codes.to(torch.uint8), scales=scales, zeros=zeros if scheme.zeros else None
+    )
