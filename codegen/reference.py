@@ -47,6 +47,7 @@ def experts_torch(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None = None,
+    learned: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the block one active expert at a time; shapes as in `ExpertsFn`.
 
@@ -71,7 +72,10 @@ def experts_torch(
         rows = hidden[token].to(spec.dtype) @ first
         if gate_up_bias is not None:
             rows = rows + gate_up_bias[expert]
-        out = evaluate(spec.activation, **split_gate_up(rows, spec)).to(spec.dtype) @ second
+        leaves = split_gate_up(rows, spec)
+        if learned is not None:
+            leaves["learned"] = learned[expert]
+        out = evaluate(spec.activation, **leaves).to(spec.dtype) @ second
         if down_bias is not None:
             out = out + down_bias[expert]
         terms[token, slot] = out.to(wide) * weights[token, slot, None].to(wide)
@@ -105,8 +109,9 @@ def emit(spec: KernelSpec) -> Kernel:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         up: torch.Tensor | None = None,
+        learned: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        biases = (gate_up_bias, down_bias)
-        return experts_torch(spec, hidden, ids, weights, gate_up, down, *biases, up)
+        vectors = (gate_up_bias, down_bias)
+        return experts_torch(spec, hidden, ids, weights, gate_up, down, *vectors, up, learned)
 
     return Kernel(spec=spec, emitter="torch", run=run, source=inspect.getsource(experts_torch))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from moecc.codegen.activation import OPERATIONS, Expr, render
+from moecc.codegen.activation import LEAVES, OPERATIONS, Expr, render
 from moecc.codegen.native.build import load
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime.errors import InputError, UnsupportedSpec
@@ -46,7 +46,8 @@ _TABLE = (
     {op: f"{_RENAMED.get(op, op)}({{0}})" for op, operands in OPERATIONS.items() if operands == 1}
     | {op: f"{_RENAMED[op]}({{0}}, {{1}})" for op in ("max", "min")}
     | {op: f"({{0}} {sign} {{1}})" for op, sign in _INFIX.items()}
-    | {"gate": "gate", "up": "up", "x": "gate", "constant": "splat(float({0}))"}
+    | {leaf: "gate" if leaf == "x" else leaf for leaf in LEAVES}
+    | {"constant": "splat(float({0}))"}
 )
 
 
@@ -55,7 +56,10 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "first", "up")),
-        *((name, ctypes.c_void_p) for name in ("second", "first_bias", "second_bias", "out")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("second", "first_bias", "second_bias", "learned", "out")
+        ),
         *((name, ctypes.c_int64) for name in "TKHIE"),
         *(
             (f"{which}_{what}", ctypes.c_int64)
@@ -85,17 +89,19 @@ def emit(spec: KernelSpec) -> Kernel:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         up: torch.Tensor | None = None,
+        learned: torch.Tensor | None = None,
     ) -> torch.Tensor:
         _check_routing(spec, hidden, ids, weights)
-        _check_weights(spec, gate_up, down, gate_up_bias, down_bias, up)
-        biases = _flat(gate_up_bias), _flat(down_bias)
+        _check_weights(spec, gate_up, down, up)
+        _check_vectors(spec, gate_up_bias, down_bias, learned)
+        vectors = _flat(gate_up_bias), _flat(down_bias), _flat(learned)
         x = hidden.to(spec.dtype).contiguous()
         ids = ids.to(torch.int64).contiguous()
         weights = weights.to(torch.float32).contiguous()
         same = hidden.dtype == spec.dtype
         out = torch.empty(x.shape, dtype=spec.dtype if same else torch.float32)
         layer = _Layer(
-            *map(_address, (x, ids, weights, gate_up, up, down, *biases, out)),
+            *map(_address, (x, ids, weights, gate_up, up, down, *vectors, out)),
             *ids.shape,
             spec.hidden,
             spec.intermediate,
@@ -124,7 +130,7 @@ def write(spec: KernelSpec) -> str:
         raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
     if spec.scheme and (spec.split != spec.gated or spec.transposed or spec.down_transposed):
         raise UnsupportedSpec("low-bit weights are output-major, gate and up in two tensors")
-    flags = ("gated", "interleaved", "bias")
+    flags = ("gated", "interleaved", "bias", "learned")
     facts = [
         f"// {spec.activation} {spec.dtype} {spec.scheme or ''}".rstrip(),
         *_types(spec),
@@ -158,7 +164,8 @@ def _types(spec: KernelSpec) -> list[str]:
 def _activate(expr: Expr) -> str:
     """Render the activation: `gate` is the only input of an expert that is not gated."""
     return (
-        "static INLINE vf activate([[maybe_unused]] vf gate, [[maybe_unused]] vf up) {\n"
+        "static INLINE vf activate([[maybe_unused]] vf gate, [[maybe_unused]] vf up,\n"
+        "                          [[maybe_unused]] vf learned) {\n"
         f"  return {render(expr, _TABLE)};\n}}\n"
     )
 
@@ -201,18 +208,16 @@ def _check_weights(
     spec: KernelSpec,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
     up: torch.Tensor | None,
 ) -> None:
-    """Raise `InputError` unless the tensors of the layer are those that the spec says."""
+    """Raise `InputError` unless the matrices of the layer are those that the spec says."""
     experts, hidden, inner = spec.experts, spec.hidden, spec.intermediate
     if spec.scheme is not None:
         _check_packed("gate_up", gate_up, spec.scheme, (experts, inner, hidden))
         _check_packed("down", down, spec.scheme, (experts, hidden, inner))
         if spec.split:
             _check_packed("up", up, spec.scheme, (experts, inner, hidden))
-        return _check_biases(spec, gate_up_bias, down_bias)
+        return
     first, second = (inner if spec.split else spec.rows, hidden), (hidden, inner)
     if spec.transposed:
         first = first[::-1]
@@ -224,13 +229,20 @@ def _check_weights(
         _check_weight("up", up, spec, (experts, *first), strided=True)
     elif up is not None:
         raise InputError("up was given to a kernel whose spec has gate and up in one tensor")
-    return _check_biases(spec, gate_up_bias, down_bias)
 
 
-def _check_biases(
-    spec: KernelSpec, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None
+def _check_vectors(
+    spec: KernelSpec,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    learned: torch.Tensor | None,
 ) -> None:
+    """Raise `InputError` unless there is a vector for an expert just where the spec has one."""
     experts, hidden = spec.experts, spec.hidden
+    if spec.learned:
+        _check_weight("learned", learned, spec, (experts, spec.intermediate))
+    elif learned is not None:
+        raise InputError("learned was given to a kernel whose activation does not read it")
     if spec.bias:
         _check_weight("gate_up_bias", gate_up_bias, spec, (experts, spec.rows))
         _check_weight("down_bias", down_bias, spec, (experts, hidden))

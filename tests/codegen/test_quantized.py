@@ -35,12 +35,12 @@ def low_bit(style: str, scheme: Scheme, dtype: torch.dtype, h: int, i: int) -> K
 def packed(spec: KernelSpec) -> list[torch.Tensor | None]:
     assert spec.scheme is not None
     plain = replace(spec, dtype=torch.float32, scheme=None)
-    first, second, bias, second_bias, up = make_experts(plain)
+    first, second, bias, second_bias, up, learned = make_experts(plain)
     weights = [
         None if one is None else pack_experts(one, spec.scheme) for one in (first, second, up)
     ]
-    biases = [None if one is None else one.to(spec.dtype) for one in (bias, second_bias)]
-    return [weights[0], weights[1], *biases, weights[2]]
+    vectors = [None if one is None else one.to(spec.dtype) for one in (bias, second_bias, learned)]
+    return [weights[0], weights[1], *vectors[:2], weights[2], vectors[2]]
 
 
 def in_8_bits(rows: torch.Tensor, block: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def products(spec: KernelSpec, batch: Any, experts: Any) -> torch.Tensor:
     """Compute what the kernel stands for: rounded inputs times dequantized weights, in float64."""
     assert spec.scheme is not None
     hidden, ids, weights = batch
-    first, second, bias, second_bias, up = experts
+    first, second, bias, second_bias, up, learned = experts
     sizes = (spec.experts, spec.intermediate, spec.hidden)
     matrices = [unpack_experts(one, sizes, spec.scheme) for one in (first, up) if one is not None]
     down = unpack_experts(second, (spec.experts, sizes[2], sizes[1]), spec.scheme).double()
@@ -65,7 +65,10 @@ def products(spec: KernelSpec, batch: Any, experts: Any) -> torch.Tensor:
     for slot in range(ids.shape[1]):
         rows = torch.einsum("th,tih->ti", x, wide[ids[:, slot]])
         rows = rows if bias is None else rows + bias[ids[:, slot]].double()
-        inner = evaluate(spec.activation, **split_gate_up(rows.float(), spec))
+        leaves = split_gate_up(rows.float(), spec)
+        if learned is not None:
+            leaves["learned"] = learned[ids[:, slot]].float()
+        inner = evaluate(spec.activation, **leaves)
         inner = in_8_bits(inner, spec.scheme.block)
         terms = torch.einsum("ti,thi->th", inner, down[ids[:, slot]])
         terms = terms if second_bias is None else terms + second_bias[ids[:, slot]].double()
@@ -79,7 +82,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
 @pytest.mark.parametrize(("h", "i"), SHAPES)
-@pytest.mark.parametrize("style", ["relu2", "gelu_tanh"])
+@pytest.mark.parametrize("style", ["relu2", "gelu_tanh", "st-moe"])
 def test_computes_the_integer_products(scheme: Scheme, h: int, i: int, style: str) -> None:
     torch.manual_seed(h + i)
     spec = low_bit(style, scheme, torch.float32, h, i)
@@ -197,7 +200,7 @@ def test_a_tensor_that_is_not_packed_so_is_named() -> None:
         with pytest.raises(InputError, match=rf"{name} is torch.uint8.*packed as int8"):
             emit(spec).run(*batch, *wrong)
     with pytest.raises(InputError, match="up is missing"):
-        emit(spec).run(*batch, *experts[:4], None)
+        emit(spec).run(*batch, *experts[:4], None, None)
 
 
 def test_layouts_that_packing_does_not_know_are_declined() -> None:
