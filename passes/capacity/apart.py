@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from moecc.codegen.activation import OPERATIONS
-from moecc.passes.axes import View, shape_of, tensor_of, through_layout
+from moecc.passes.axes import View, over_own_axes, shape_of, tensor_of, through_layout
 from moecc.passes.build import Builder
 from moecc.passes.found import NearMiss
 from moecc.passes.parameters import GIVEN, stacked_parameters
@@ -31,7 +31,7 @@ from moecc.passes.sizes import same, same_shape
 _JOINS = {"stack", "cat", "concat", "concatenate"}
 _ROWWISE = {
     *OPERATIONS, "bfloat16", "clamp", "clamp_max", "clamp_min", "clip", "clone", "contiguous",
-    "detach", "dropout", "float", "half", "maximum", "minimum", "multiply", "pow", "subtract",
+    "detach", "float", "half", "maximum", "minimum", "multiply", "pow", "subtract",
     "swish", "to", "truediv", "type",
 }  # fmt: skip
 """What treats every number, or every number and those of a vector, alike."""
@@ -171,6 +171,8 @@ class _Writer:
         self._replace(values)
         if name in _PRODUCTS:
             return self._product(values)
+        if name == "dropout" and all(map(_keeps_all, values)):  # its share may be an input, too
+            return self.together(tuple(cast(Node, one.args[0]) for one in values))
         args = [self._argument(given) for given in zip(*(one.args for one in values), strict=True)]
         kwargs = {key: self._argument([one.kwargs[key] for one in values]) for key in first.kwargs}
         if name == "getitem":
@@ -263,6 +265,11 @@ def _tuple_of(part: Node) -> Node | None:
     """Give the call that gave a value as one of several."""
     source = part.args[0] if part.args else None
     return source if isinstance(source, Node) and tensor_of(source) is None else None
+
+
+def _keeps_all(dropout: Node) -> bool:
+    """Tell whether a dropout is one of inference."""
+    return through_layout(over_own_axes(dropout)) is not None
 
 
 def _along_last(split: Node) -> bool:
