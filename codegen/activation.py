@@ -1,11 +1,12 @@
 """Describe what happens between an expert's two matrix products, as a small expression.
 
 An activation is elementwise over the first product's output. A gated expert has the leaves `gate`
-and `up`, an ungated one the leaf `x`:
+and `up`, an ungated one the leaf `x`; `learned` is a vector [I] of each expert's own parameters:
 
     mul(silu(gate), up)                                     Mixtral, Qwen, DeepSeek
     mul(add(min(max(up, -7), 7), 1), mul(g, sigmoid(...)))  GPT-OSS, with g = min(gate, 7)
     square(relu(x))                                         Nemotron-H
+    mul(mul(gelu(gate), up), learned)                       ST-MoE's multiplicative bias
 
 Each emitter renders the expression in its own language, so a new activation needs no new kernel.
 """
@@ -38,11 +39,13 @@ _BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 OPERATIONS: dict[str, int] = dict.fromkeys(_UNARY, 1) | dict.fromkeys(_BINARY, 2)
 """Every operation an emitter must render, with its number of operands."""
+LEAVES = ("gate", "up", "x", "learned")
+"""Every input that an activation may read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expr:
-    """One node of an activation: a leaf (`gate`, `up`, `x`), a constant or an operation."""
+    """One node of an activation: a leaf, a constant or an operation."""
 
     op: str
     args: tuple["Expr", ...] = ()
@@ -54,7 +57,7 @@ class Expr:
     @property
     def is_constant(self) -> bool:
         """Tell whether this node is a number."""
-        return not self.args and self.op not in ("gate", "up", "x")
+        return not self.args and self.op not in LEAVES
 
     def leaves(self) -> frozenset[str]:
         """Collect the inputs that the expression reads."""
@@ -63,7 +66,7 @@ class Expr:
         return frozenset() if self.is_constant else frozenset({self.op})
 
 
-GATE, UP, X = Expr("gate"), Expr("up"), Expr("x")
+GATE, UP, X, LEARNED = Expr("gate"), Expr("up"), Expr("x"), Expr("learned")
 
 
 def constant(value: float) -> Expr:

@@ -17,7 +17,7 @@ from moecc.runtime.schemes.packing import pack_experts
 from moecc.runtime.schemes.scheme import Schemes
 
 Tensors = Sequence[torch.Tensor | None]
-"""gate_up, down, gate_up_bias, down_bias and up, as in `ExpertsFn`."""
+"""gate_up, down, gate_up_bias, down_bias, up and learned, as in `ExpertsFn`."""
 
 
 def packed_kernel(spec: KernelSpec, schemes: Schemes, emitter: str) -> Kernel:
@@ -55,20 +55,22 @@ def emit(spec: KernelSpec, schemes: Schemes, emitter: str) -> Kernel:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         up: torch.Tensor | None = None,
+        learned: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        low_bit = copies.of((gate_up, down, gate_up_bias, down_bias, up))
+        low_bit = copies.of((gate_up, down, gate_up_bias, down_bias, up, learned))
         return kernel.run(hidden, ids, weights, *low_bit)
 
     return Kernel(spec=spec, emitter=f"{kernel.emitter} {schemes}", run=run, source=kernel.source)
 
 
+_Optional = torch.Tensor | None
+
+
 def packed_tensors(
     spec: KernelSpec, schemes: Schemes, tensors: Tensors
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]:
+) -> tuple[torch.Tensor, torch.Tensor, _Optional, _Optional, _Optional, _Optional]:
     """Pack the matrices of a block, gate and up apart; biases go in the same order."""
-    gate_up, down, bias, down_bias, up = tensors
+    gate_up, down, bias, down_bias, up, learned = tensors
     assert gate_up is not None
     assert down is not None
     with torch.no_grad():
@@ -85,6 +87,7 @@ def packed_tensors(
             bias,
             down_bias,
             None if up is None else pack_experts(up, schemes.first),
+            learned,
         )
 
 

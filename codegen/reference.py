@@ -51,6 +51,7 @@ def add_experts_torch(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None = None,
+    learned: torch.Tensor | None = None,
 ) -> None:
     """Add the block's output, one active expert at a time, ascending; shapes as in `ExpertsFn`.
 
@@ -74,7 +75,10 @@ def add_experts_torch(
         rows = hidden[token].to(spec.dtype) @ (first if spec.transposed else first.T)
         if gate_up_bias is not None:
             rows = rows + gate_up_bias[expert]
-        out = evaluate(spec.activation, **split_gate_up(rows, spec)).to(spec.dtype) @ second
+        leaves = split_gate_up(rows, spec)
+        if learned is not None:
+            leaves["learned"] = learned[expert]
+        out = evaluate(spec.activation, **leaves).to(spec.dtype) @ second
         if down_bias is not None:
             out = out + down_bias[expert]
         onto.index_add_(0, token, out.to(onto.dtype) * weights[token, choice, None].to(onto.dtype))

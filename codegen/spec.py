@@ -50,6 +50,11 @@ class KernelSpec:
         return 2 * self.intermediate if self.gated else self.intermediate
 
     @property
+    def learned(self) -> bool:
+        """The activation reads a vector [I] of each expert's own."""
+        return "learned" in self.activation.leaves()
+
+    @property
     def key(self) -> str:
         """A stable name: the kernel's identity in graphs, reports and caches."""
         names = ("interleaved", "transposed", "down_transposed", "bias", "split")

@@ -159,7 +159,10 @@ def bind(launches: Launches) -> ExpertsFn:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         up: torch.Tensor | None = None,
+        learned: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if learned is not None:
+            raise InputError("learned was given to a kernel whose activation does not read it")
         x = Inputs(
             hidden=hidden.contiguous(),
             ids=ids.contiguous(),
@@ -186,7 +189,7 @@ def emit(spec: KernelSpec) -> Kernel:
     """Write the kernel of a spec; the first call compiles it.
 
     Raises `UnsupportedSpec` with the reason: not a CUDA device, not a dtype that the kernels know,
-    a split that is not one of halves, or no triton.
+    a split that is not one of halves, a learned vector, or no triton.
     """
     if spec.device != "cuda":
         raise UnsupportedSpec(f"the triton kernels run on cuda devices, not on {spec.device!r}")
@@ -195,6 +198,8 @@ def emit(spec: KernelSpec) -> Kernel:
         raise UnsupportedSpec(f"the triton kernels take {known} weights, not {spec.dtype}")
     if spec.split and (spec.interleaved or not spec.gated):
         raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
+    if spec.learned:
+        raise UnsupportedSpec("the triton kernels' activation reads no vector of an expert's own")
     launches = plan_launches(spec)
     modules = dict.fromkeys(inspect.getmodule(launch.kernel.fn) for launch in launches.every())
     source = "\n\n".join(

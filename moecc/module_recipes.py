@@ -229,6 +229,6 @@ def _experts_call(kernel: Kernel) -> Callable[..., torch.Tensor]:
             return torch.ops.moecc.combine(terms, weights).to(hidden.dtype)
         refresh(gate_up)
         ops.calls[kernel.key] += 1
-        return kernel.run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up)
+        return kernel.run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, None)
 
     return experts

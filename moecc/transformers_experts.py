@@ -232,6 +232,7 @@ def _run_kernel(
         getattr(module, f"{first}_bias", None) if module.has_bias else None,
         getattr(module, "down_proj_bias", None) if module.has_bias else None,
         None,
+        None,
         kernel.key,
     )
     return _sum_normed(module, out, weights) if normed else out

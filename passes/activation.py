@@ -2,7 +2,8 @@
 
 Walks back from the second product's input to the first product's output, and writes down what it
 meets as an expression over `gate` and `up` (or `x`). Gate and up are the halves of one product, or
-two products of their own. Changes of dtype are left out: kernels compute activations in float32.
+two products of their own. A parameter in between is `learned`, a vector of each expert's own.
+Changes of dtype are left out: kernels compute activations in float32.
 """
 
 from collections.abc import Mapping
@@ -11,8 +12,9 @@ from typing import Any, cast
 
 from torch.fx import Node
 
-from moecc.codegen.activation import GATE, OPERATIONS, UP, Expr, X, apply, constant
+from moecc.codegen.activation import GATE, LEARNED, OPERATIONS, UP, Expr, X, apply, constant
 from moecc.passes.axes import over_own_axes, tensor_of, through_layout
+from moecc.passes.parameters import GIVEN, is_parameter, stacked_parameters
 from moecc.passes.pattern import is_cast, mutates, op_name
 from moecc.passes.products.contraction import PRODUCTS
 
@@ -40,6 +42,8 @@ class Activation:
     """The first product's output; the gate's, if gate and up are two products."""
     up_rows: Node | None
     """The up product's output, if it is one of its own."""
+    learned: Node | None = None
+    """The parameter that it reads."""
     gated: bool
     interleaved: bool
     nodes: tuple[Node, ...]
@@ -47,7 +51,19 @@ class Activation:
 
 
 def read_activation(activated: Node) -> Activation:
-    """Read back from the second product's input.
+    """Read back from the second product's input; reads no parameters.
+
+    Raises `UnreadableActivation` naming the node that stopped it.
+    """
+    activation = read_with_learned(activated)
+    if activation.learned is not None:
+        why = "it reads a parameter, which is known of dispatched buffers only"
+        raise UnreadableActivation(activation.learned, why)
+    return activation
+
+
+def read_with_learned(activated: Node) -> Activation:
+    """Read back from the second product's input, over a parameter too.
 
     Raises `UnreadableActivation` naming the node that stopped it.
     """
@@ -64,6 +80,8 @@ def read_activation(activated: Node) -> Activation:
             activated,
             f"it is not elementwise in a gate and an up, or in one product: it reads {found}",
         )
+    if len(reader.learned) > 1:
+        raise UnreadableActivation(activated, "it reads several parameters")
     (layout,) = reader.layouts
     if gated:
         rows = sorted(rows, key=lambda node: not _in_unary(expr, _own_leaf(node)))
@@ -73,6 +91,7 @@ def read_activation(activated: Node) -> Activation:
         expr=substitute(expr, leaves),
         rows=rows[0],
         up_rows=rows[1] if gated else None,
+        learned=next(iter(reader.learned), None),
         gated=gated or layout != "plain",
         interleaved=layout == "interleaved",
         nodes=tuple(reader.interior),
@@ -105,6 +124,7 @@ class _Reader:
     def __init__(self) -> None:
         self.rows: dict[Node, None] = {}
         self.layouts: set[str] = set()
+        self.learned: dict[Node, None] = {}
         self.interior: dict[Node, None] = {}
         self._known: dict[Node, Expr] = {}
 
@@ -129,6 +149,11 @@ class _Reader:
         operation = _PLAIN.get(name, "")
         if _is_biased_product(node):
             return self._leaf(node, "plain", _own_leaf(node))
+        origin = _origin(node)
+        if is_parameter(origin) or stacked_parameters(origin):
+            self.interior.pop(node, None)
+            self.learned[node] = None
+            return LEARNED
         if mutates(node):
             raise UnreadableActivation(node, f"{name} writes in place")
         plain = all(given is None or given is False for given in node.kwargs.values())
@@ -195,7 +220,7 @@ def _is_biased_product(node: Node) -> bool:
     if op_name(bias) == "getitem" and tensor_of(bias.args[0]) is not None:
         bias = _origin(cast(Node, bias.args[0]))
     products = sum(op_name(part) in PRODUCTS for part in (one, other))
-    return products == 1 and bias.op in ("placeholder", "get_attr")
+    return products == 1 and (bias.op in GIVEN or bool(stacked_parameters(bias)))
 
 
 def _origin(node: Node) -> Node:

@@ -1,6 +1,6 @@
 """Find the experts of every MoE layer in the graph.
 
-Needs: nothing.  Adds: blocks.  Graph: unchanged.
+Needs: nothing.  Adds: blocks.  Graph: unchanged, but for what `passes/capacity/apart` writes.
 
 A block is matched by structure (`passes/styles`): an index tensor that selects among E weight sets,
 two products with an activation between them, and a weighted sum back to the tokens. Names of
@@ -8,6 +8,7 @@ modules label a report and never decide. What looked like a block and was not is
 how far the matcher came, where it stopped and why.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch.fx import Graph, Node
@@ -36,16 +37,27 @@ def detect_moe(program: Program, options: Options) -> Outcome:
     """Match every style at every node that could end a block."""
     if program.blocks:
         return Outcome(program=program, note="blocks are known already")
-    search = _Search(program.gm.graph)
-    for node in program.gm.graph.nodes:
+    graph = program.gm.graph
+    given = list(graph.nodes)
+    search = _Search(graph)
+    for node in given:
         search.look_at(node)
     blocks, misses = tuple(search.blocks), search.told_misses()
     if program.trains and blocks:
         why = "gradients are wanted, and fused experts have none; run under torch.no_grad()"
         misses += tuple(Miss(where=block.path, why=why, fallback=True) for block in blocks)
         blocks = ()
-    described = describe_blocks(program.gm.graph, blocks)
+    _erase_readings(graph, {*given}, blocks)
+    described = describe_blocks(graph, blocks)
     return Outcome(program=replace(program, blocks=described), misses=misses)
+
+
+def _erase_readings(graph: Graph, given: set[Node], blocks: Sequence[MoeBlock]) -> None:
+    """Erase what was written to read experts that are called one by one, and is in no block."""
+    parts = {name for block in blocks for name in block.interior}
+    for node in reversed(graph.nodes):
+        if node not in given and node.name not in parts:
+            graph.erase_node(node)
 
 
 class _Search:
@@ -168,6 +180,7 @@ def _block(style: str, found: Found) -> MoeBlock:
         gate_up_bias=name(found.gate_up_bias),
         up_bias=name(found.up_bias),
         down_bias=name(found.down_bias),
+        learned=name(found.learned),
         output=found.output.name,
         interior=tuple(sorted(part.name for part in interior(found))),
         hidden_size=outer,

@@ -67,6 +67,7 @@ def _biases(found: Found) -> str:
         (found.gate_up_bias, rows),
         (found.up_bias, inner),
         (found.down_bias, outer),
+        (found.learned, inner),
     ):
         if node is None:
             continue

@@ -37,6 +37,7 @@ class Found:
     gate_up_bias: Node | None = None
     up_bias: Node | None = None
     down_bias: Node | None = None
+    learned: Node | None = None
     output: Node
     onto: Node | None = None
 

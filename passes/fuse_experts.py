@@ -4,7 +4,9 @@ Needs: blocks.  Adds: nothing.  Graph: each block becomes one `moecc.experts` no
 
     sort, gather, grouped_mm, chunk, silu, mul, grouped_mm, mul, unsort, sum
 →
-    moecc.experts(hidden, ids, weights, gate_up, down, None, None, None, kernel)
+    moecc.experts(hidden, ids, weights, gate_up, down, None, None, None, None, kernel)
+
+Experts that are modules have a matrix each: `moecc.experts.apart` takes those in lists.
 
 Around the call go what the model's way of writing it needs: hidden seen as [T, H] and the result in
 the model's shape, a gather where weights are dense gates, and where they scale the experts' input
@@ -28,6 +30,7 @@ from moecc.codegen.spec import KernelSpec
 from moecc.passes.build import Builder
 from moecc.passes.ir import MoeBlock, Outcome, Program
 from moecc.passes.options import Options
+from moecc.passes.parameters import stacked_parameters
 from moecc.passes.pattern import mutates
 from moecc.passes.routes import build_routes, follow_route
 
@@ -88,9 +91,13 @@ def _fuse(
     bias = _gate_up_bias(build, block, nodes)
     names = (block.gate_up, block.down, block.up)
     gate_up, down, up = (nodes[name] if name is not None else None for name in names)
-    down_bias = _bias(build, block.down_bias, nodes)
-    inputs = (*tokens, gate_up, down, bias, down_bias, up, kernel.key)
-    call = build.function(torch.ops.moecc.experts.default, *inputs, name="experts")
+    parts = [stacked_parameters(one) for one in (gate_up, down, up) if one is not None]
+    if apart := all(parts):
+        gate_up, down, up = (*parts, None)[:3]
+    down_bias, learned = (_bias(build, name, nodes) for name in (block.down_bias, block.learned))
+    inputs = (*tokens, gate_up, down, bias, down_bias, up, learned, kernel.key)
+    experts = torch.ops.moecc.experts.apart if apart else torch.ops.moecc.experts.default
+    call = build.function(experts, *inputs, name="experts")
     result = _result(build, block, call, old, nodes)
     if mutates(old):  # the model goes on with the tensor that it wrote to
         written, new = cast(Node, old.args[0]), {old, result}
@@ -103,6 +110,9 @@ def _fuse(
     fused = replace(block, hidden=hidden, ids=ids, weights=weights, output=call.name, onto=None)
     biases = [one.name if one is not None else None for one in (bias, down_bias)]
     fused = replace(fused, gate_up_bias=biases[0], up_bias=None, down_bias=biases[1])
+    if apart:
+        first = dict(zip(("gate_up", "down", "up"), (one[0].name for one in parts), strict=False))
+        fused = replace(fused, **first)
     return replace(fused, interior=(), dense_gates=False, wraps=False, routes=())
 
 

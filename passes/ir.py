@@ -69,7 +69,8 @@ class MoeBlock:
     onto: str | None = None
     """What the model adds the sum onto, shaped like `output`; None is nothing."""
     gate_up: str
-    """[E, 2I, H]; [E, H, 2I] when transposed; I instead of 2I when not gated, or with `up`."""
+    """[E, 2I, H]; [E, H, 2I] when transposed; I instead of 2I when not gated, or with `up`. Once
+    fused, the first of E matrices if experts have one each; `up` and `down` likewise."""
     up: str | None = None
     """[E, I, H]; [E, H, I] when transposed: gate and up are two tensors, `gate_up` is the gate."""
     down: str
@@ -78,6 +79,8 @@ class MoeBlock:
     up_bias: str | None = None
     """[E, I] where gate and up have a bias each; `gate_up_bias` is the gate's then, until fused."""
     down_bias: str | None
+    learned: str | None = None
+    """[E, I], what the activation reads besides."""
     output: str
     """The node that everything downstream reads: [T, H] in the model's own shape."""
     interior: tuple[str, ...]

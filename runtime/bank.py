@@ -10,6 +10,7 @@ So whoever is about to read a bank calls `refresh`, which looks at every paramet
 copies back what has moved.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -104,6 +105,36 @@ def refresh(weight: torch.Tensor) -> None:
     bank = getattr(weight, _ATTRIBUTE, None)
     if bank is not None:
         bank.refresh()
+
+
+_moving = threading.Lock()
+
+
+def together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """See the parameters of E experts, which are alike and contiguous, as one tensor [E, ..].
+
+    The first time they are moved into one piece of memory, and again if they have left it. For
+    graphs, which are given the parameters in every call, so that nothing has to be remembered.
+    """
+    first = parts[0]
+    if not _lie_together(parts):
+        with _moving, torch.inference_mode(False):
+            if not _lie_together(parts):
+                rows = torch.stack([part.detach() for part in parts])
+                for part, row in zip(parts, rows, strict=True):
+                    part.data = row
+    size = first.numel()
+    return first.detach().as_strided((len(parts), *first.shape), (size, *first.stride()))
+
+
+def _lie_together(parts: Sequence[torch.Tensor]) -> bool:
+    """Tell whether tensors lie one after another, in memory that belongs together."""
+    first, start = parts[0], parts[0].data_ptr()
+    step = first.numel() * first.element_size()
+    if any(part.data_ptr() != start + number * step for number, part in enumerate(parts)):
+        return False
+    memory = first.untyped_storage()
+    return start + len(parts) * step <= memory.data_ptr() + memory.nbytes()
 
 
 def _fits(tensor: torch.Tensor, view: torch.Tensor) -> bool:

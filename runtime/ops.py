@@ -1,6 +1,7 @@
 """Define the operators that a rewritten graph calls.
 
     moecc::experts        a whole MoE block's experts, run by the kernel it names
+    moecc::experts.apart  the same, where each expert has matrices of its own
     moecc::expert_linear  one grouped product, y[t * K + k] = W[ids[t, k]] x (+ b)
     moecc::prefetch       start reading what a later block will likely choose, by scores [.., E]
     moecc::combine        the weighted sum over k, out[t] = sum_k weights[t, k] y[t * K + k]
@@ -33,6 +34,7 @@ ExpertsFn = Callable[
         torch.Tensor | None,  # gate_up_bias  [E, 2I]
         torch.Tensor | None,  # down_bias     [E, H]
         torch.Tensor | None,  # up            [E, I, H] or [E, H, I]; gate_up is the gate alone then
+        torch.Tensor | None,  # learned       [E, I]; what the activation reads besides
     ],
     torch.Tensor,  # [T, H], dtype and device of hidden
 ]
@@ -70,6 +72,7 @@ def run_experts(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None,
+    learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -89,10 +92,31 @@ def run_experts(
     if lender is not None:
         if adder_for is None:
             raise InputError(f"kernel {kernel!r} reads no experts that are out of memory")
+        if learned is not None:
+            raise InputError(f"kernel {kernel!r} multiplies by a vector that is not on disk")
         adder = adder_for(lender.schemes)
         return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
     bank.refresh(gate_up)
-    return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up)
+    return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
+
+
+def _experts_apart(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    up: list[torch.Tensor] | None,
+    learned: torch.Tensor | None,
+    kernel: str,
+) -> torch.Tensor:
+    _refuse_meta(gate_up[0])
+    first, second = bank.together(gate_up), bank.together(down)
+    third = None if up is None else bank.together(up)
+    vectors = (gate_up_bias, down_bias)
+    return run_experts(hidden, ids, weights, first, second, *vectors, third, learned, kernel)
 
 
 def _prefetch(
@@ -150,10 +174,27 @@ def _fake_experts(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None,
+    learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     _refuse_meta(gate_up)
+    return hidden.new_empty(hidden.shape)
+
+
+def _fake_experts_apart(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    up: list[torch.Tensor] | None,
+    learned: torch.Tensor | None,
+    kernel: str,
+) -> torch.Tensor:
+    _refuse_meta(gate_up[0])
     return hidden.new_empty(hidden.shape)
 
 
@@ -202,10 +243,16 @@ def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., t
 
 _define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, str kernel, Tensor[]? after=None) "
-    "-> Tensor",
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, Tensor? learned, str kernel, "
+    "Tensor[]? after=None) -> Tensor",
     run_experts,
     _fake_experts,
+)
+_define(
+    "experts.apart(Tensor hidden, Tensor ids, Tensor weights, Tensor[] gate_up, Tensor[] down, "
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor[]? up, Tensor? learned, str kernel) -> Tensor",
+    _experts_apart,
+    _fake_experts_apart,
 )
 _define(
     "expert_linear(Tensor x, Tensor ids, Tensor weight, Tensor? bias, bool transposed) -> Tensor",

@@ -180,9 +180,7 @@ def test_weights_without_data_are_refused_loudly() -> None:
             torch.ones(1, 1, device="meta"),
             weight,
             torch.empty(2, 4, 4, device="meta"),
-            None,
-            None,
-            None,
+            *[None] * 4,
             "torch: any",
         )
 
@@ -197,4 +195,4 @@ def ops_call(x: torch.Tensor) -> torch.Tensor:
     ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     w = torch.randn(1, 4, 4)
     assert "nothing" not in ops.calls
-    return torch.ops.moecc.experts(x, ids, weights, w, w, None, None, None, "nothing")
+    return torch.ops.moecc.experts(x, ids, weights, w, w, *[None] * 4, "nothing")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from moecc.codegen.activation import OPERATIONS, Expr, render
+from moecc.codegen.activation import LEAVES, OPERATIONS, Expr, render
 from moecc.codegen.native.build import load
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime.errors import InputError, UnsupportedSpec
@@ -54,7 +54,8 @@ _TABLE = (
     {op: f"{_RENAMED.get(op, op)}({{0}})" for op, operands in OPERATIONS.items() if operands == 1}
     | {op: f"{_RENAMED[op]}({{0}}, {{1}})" for op in ("max", "min")}
     | {op: f"({{0}} {sign} {{1}})" for op, sign in _INFIX.items()}
-    | {"gate": "gate", "up": "up", "x": "gate", "constant": "splat(float({0}))"}
+    | {leaf: "gate" if leaf == "x" else leaf for leaf in LEAVES}
+    | {"constant": "splat(float({0}))"}
 )
 
 
@@ -63,7 +64,10 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "first", "up")),
-        *((name, ctypes.c_void_p) for name in ("second", "first_bias", "second_bias", "out")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("second", "first_bias", "second_bias", "learned", "out")
+        ),
         *((name, ctypes.c_int64) for name in "TKHIE"),
         *(
             (f"{which}_{what}", ctypes.c_int64)
@@ -121,22 +125,22 @@ def _call(
 ) -> None:
     """Compute into `out`, or add to it what the experts in `slots` give.
 
-    Tensors are as `ExpertsFn` lists them; `up` may be left out.
+    Tensors are as `ExpertsFn` lists them; the last two may be left out.
     """
-    gate_up, down, gate_up_bias, down_bias, up = (*experts, None)[:5]
+    gate_up, down, gate_up_bias, down_bias, up, learned = (*experts, None, None)[:6]
     _check_routing(spec, *tokens)
     if gate_up is None or down is None:
         raise InputError("gate_up and down are not both given")
     held = spec.experts if slots is None else len(gate_up)
     _check_weights(spec, held, gate_up, down, up)
-    _check_biases(spec, gate_up_bias, down_bias)
+    _check_vectors(spec, gate_up_bias, down_bias, learned)
     hidden, ids, weights = tokens
     x = _plain(hidden, spec.dtype)
     ids = _plain(ids, torch.int64)
     weights = _plain(weights, torch.float32)
-    biases = _flat(gate_up_bias), _flat(down_bias)
+    vectors = _flat(gate_up_bias), _flat(down_bias), _flat(learned)
     layer = _Layer(
-        *map(_address, (x, ids, weights, gate_up, up, down, *biases, out)),
+        *map(_address, (x, ids, weights, gate_up, up, down, *vectors, out)),
         *ids.shape,
         spec.hidden,
         spec.intermediate,
@@ -164,7 +168,7 @@ def write(spec: KernelSpec) -> str:
         raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
     if spec.schemes and (spec.split != spec.gated or spec.transposed or spec.down_transposed):
         raise UnsupportedSpec("low-bit weights are output-major, gate and up in two tensors")
-    flags = ("gated", "interleaved", "bias")
+    flags = ("gated", "interleaved", "bias", "learned")
     facts = [
         f"// {spec.activation} {spec.dtype} {spec.schemes or ''}".rstrip(),
         *_types(spec),
@@ -211,7 +215,8 @@ def _product(scheme: Scheme, rows: int) -> str:
 def _activate(expr: Expr) -> str:
     """Render the activation: `gate` is the only input of an expert that is not gated."""
     return (
-        "static INLINE vf activate([[maybe_unused]] vf gate, [[maybe_unused]] vf up) {\n"
+        "static INLINE vf activate([[maybe_unused]] vf gate, [[maybe_unused]] vf up,\n"
+        "                          [[maybe_unused]] vf learned) {\n"
         f"  return {render(expr, _TABLE)};\n}}\n"
     )
 
@@ -284,10 +289,18 @@ def _check_weights(
         raise InputError("up was given to a kernel whose spec has gate and up in one tensor")
 
 
-def _check_biases(
-    spec: KernelSpec, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None
+def _check_vectors(
+    spec: KernelSpec,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    learned: torch.Tensor | None,
 ) -> None:
+    """Raise `InputError` unless there is a vector for an expert just where the spec has one."""
     experts, hidden = spec.experts, spec.hidden
+    if spec.learned:
+        _check_weight("learned", learned, spec, (experts, spec.intermediate))
+    elif learned is not None:
+        raise InputError("learned was given to a kernel whose activation does not read it")
     if spec.bias:
         _check_weight("gate_up_bias", gate_up_bias, spec, (experts, spec.rows))
         _check_weight("down_bias", down_bias, spec, (experts, hidden))

@@ -1,8 +1,8 @@
 // One MoE layer: route, first product and activation, second product and weighted sum.
 // What is fixed when the source is emitted stands above: Model (the type of hidden states, biases and
 // results), Stored (that of weights), First and Second (each product, with its own blocks, and its own
-// order and type of inputs), GATED, INTERLEAVED, BIAS and activate(). Shapes, strides and the number
-// of threads are arguments.
+// order and type of inputs), GATED, INTERLEAVED, BIAS, LEARNED and activate(). Shapes, strides and
+// the number of threads are arguments.
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +24,7 @@ struct Layer {
   const Stored* second;       // [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
   const Model* first_bias;   // [E, rows]
   const Model* second_bias;  // [E, H]
+  const Model* learned;      // [E, I], what the activation reads besides
   void* out;                  // [T, H] of Model, or of float
   int64_t T, K, H, I, E;
   // Strides, in elements. Those of up are first's where it is null.
@@ -98,15 +99,17 @@ static void pack_row(const Model* row, int64_t length, First::Input* packed) {
 
 // Apply the bias and the activation to one token's first products, and pack the result in the
 // second product's order.
-static void finish(const float* products, const Model* bias, int64_t gap, int count,
-                   Second::Input* packed) {
-  alignas(64) float one[OUTPUTS] = {}, two[OUTPUTS] = {}, result[OUTPUTS] = {};
+static void finish(const float* products, const Model* bias, int64_t gap, const Model* learned,
+                   int count, Second::Input* packed) {
+  alignas(64) float one[OUTPUTS] = {}, two[OUTPUTS] = {}, own[OUTPUTS] = {}, result[OUTPUTS] = {};
   constexpr int step = GATED && INTERLEAVED ? 2 : 1, other = INTERLEAVED ? 1 : OUTPUTS;
   for (int i = 0; i < count; ++i) {
     one[i] = products[i * step] + (BIAS ? widen1(bias[i * step]) : 0.f);
     if (GATED) two[i] = products[i * step + other] + (BIAS ? widen1(bias[i * step + gap]) : 0.f);
+    if (LEARNED) own[i] = widen1(learned[i]);
   }
-  for (int i = 0; i < count; i += LANES) store(result + i, activate(load(one + i), load(two + i)));
+  for (int i = 0; i < count; i += LANES)
+    store(result + i, activate(load(one + i), load(two + i), load(own + i)));
   for (int i = count; i < OUTPUTS; ++i) result[i] = 0;
   for (int i = 0; i < count; i += Second::LENGTH)
     Second::pack(result + i, packed + i / Second::LENGTH * Second::UNITS);
@@ -157,6 +160,8 @@ struct Run {
     int64_t rows = GATED ? 2 * layer.I : layer.I, row = GATED && INTERLEAVED ? 2 * from : from;
     const Model* bias =
         BIAS ? layer.first_bias + routing.expert[active] * rows + row : nullptr;
+    const Model* learned =
+        LEARNED ? layer.learned + routing.expert[active] * layer.I + from : nullptr;
     int64_t end = routing.begin[active + 1];
     for (int64_t p = routing.begin[active]; p < end; p += CHUNK) {
       int tokens = int(std::min<int64_t>(CHUNK, end - p));
@@ -173,7 +178,7 @@ struct Run {
         multiply(gate, GATED ? 2 * count : count, ahead, products);
       }
       for (int t = 0; t < tokens; ++t)
-        finish(products + t * First::PANEL, bias, INTERLEAVED ? 1 : layer.I, count,
+        finish(products + t * First::PANEL, bias, INTERLEAVED ? 1 : layer.I, learned, count,
                h.memory + (p + t) * h_row + from / Second::LENGTH * Second::UNITS);
     }
   }

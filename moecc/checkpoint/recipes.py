@@ -112,7 +112,9 @@ def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
         first, second = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
         tensors: dict[str, torch.Tensor | None] = {"gate_up": first, "down": second}
         if recipe.schemes is not None and recipe.spec is not None:
-            packed = packed_tensors(recipe.spec, recipe.schemes, (first, second, None, None, None))
+            packed = packed_tensors(
+                recipe.spec, recipe.schemes, (first, second, None, None, None, None)
+            )
             tensors = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
     except MoeccError as error:
         raise StoreError(f"cannot pack expert {expert} of {recipe.path!r}: {error}") from error

@@ -2,6 +2,7 @@
 
 find      the two products of experts between a dispatch and a combine product
 experts   one of them
+apart     experts that are called one by one, written as one product on all buffers
 dataflow  where values come from, one step at a time
 writes    rows of a tensor that are written one by one
 terms     a value as a sum of products, and what holds where it is not zero

@@ -83,7 +83,7 @@ def _product(
         order = tuple(leaves(dim) for dim in turned.dims)
         if order not in (((expert,), (summed,), (output,)), ((expert,), (output,), (summed,))):
             continue
-        bias_node = _bias(bias, expert, output) if bias is not None else None
+        bias_node = vector_of(bias, expert, output) if bias is not None else None
         if leaves(rows.dims[-1]) != (summed,) or (bias is None) != (bias_node is None):
             continue
         return Product(
@@ -104,8 +104,8 @@ def _unturned(view: View) -> View:
     return view
 
 
-def _bias(view: View, expert: Axis, output: Axis) -> Node | None:
-    """Give a bias that lies as [E, outputs], but for dimensions of one."""
+def vector_of(view: View, expert: Axis, output: Axis) -> Node | None:
+    """Give what lies as [E, outputs], but for dimensions of one."""
     while True:
         axes = tuple(axis for dim in view.dims for axis in leaves(dim))
         below = through_layout(view)

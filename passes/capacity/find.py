@@ -8,12 +8,13 @@ from itertools import permutations
 import torch
 from torch.fx import Node
 
-from moecc.passes.activation import Activation, UnreadableActivation, read_activation
+from moecc.passes.activation import Activation, UnreadableActivation, read_with_learned
 from moecc.passes.axes import (
     Axis,
     Bound,
     Dim,
     View,
+    broadcast,
     contracted,
     leaves,
     over_own_axes,
@@ -22,18 +23,19 @@ from moecc.passes.axes import (
     tensor_of,
     through_layout,
 )
+from moecc.passes.capacity.apart import is_apart, read_together
 from moecc.passes.capacity.dataflow import Dataflow, Unproven
-from moecc.passes.capacity.experts import Product, operands_of, product_of
+from moecc.passes.capacity.experts import Product, operands_of, product_of, vector_of
 from moecc.passes.capacity.routes import Dispatch, routes_of
 from moecc.passes.capacity.terms import Reader
 from moecc.passes.found import Found, NearMiss
 from moecc.passes.ir import Route
+from moecc.passes.parameters import is_parameter
 from moecc.passes.pattern import op_name
 from moecc.passes.products.contraction import PRODUCTS
 from moecc.passes.sizes import same
 
 _SIZES = (int, torch.SymInt, torch.Size)
-_JOINS = {"stack", "cat", "concat"}
 _COUNTS = {"cumsum"}
 _PICKS = {"one_hot", "topk", "argmax", "scatter", "scatter_"}
 _CHOICES = _PICKS | _COUNTS
@@ -49,31 +51,48 @@ def find_dispatched(output: Node) -> Found | None:
     out = over_own_axes(output)
     operands = contracted(out, bound) if len(shape_of(output)) > 1 else None
     for combine, terms in permutations(operands or (), 2):
+        counted = not is_parameter(combine.node) and _is_counted(combine.node)
+        if apart := counted and is_apart(terms):
+            together = read_together(terms, output)
+            terms, calls = together.terms, together.nodes
+        else:
+            calls = ()
         second = product_of(terms, out.dims[-1][0], bound)
-        found = second and _between(out, combine, second, bound)
+        found = second and _between(out, combine, second, calls, bound)
         if found:
             return found
-        counted = _made_of(combine.node, _COUNTS) and _made_of(combine.node, _PICKS)
-        if op_name(_origin(terms)) in _JOINS and counted:
-            raise NearMiss(output, "its experts are called one by one, each on its own buffer")
+        if apart:
+            why = "its experts are called one by one, and are no two products on dispatched tokens"
+            raise NearMiss(output, why)
+        if counted and not second and (shape := _matrices_of(terms, bound)):
+            raise NearMiss(output, f"its experts' matrices are {shape}, not [E, ., .]")
     return None
 
 
-def _origin(view: View) -> Node:
-    """Go back through what only changes layout or dtype."""
-    while (below := through_layout(view)) is not None:
-        view = below
-    return view.node
+def _is_counted(combine: Node) -> bool:
+    """Tell whether tokens choose, and have places in buffers."""
+    return _made_of(combine, _COUNTS) and _made_of(combine, _PICKS)
 
 
-def _between(out: View, combine: View, second: Product, bound: Bound) -> Found | None:
-    """Go on from the second product to the tokens."""
-    activated, path = second.rows, list(second.path)
+def _matrices_of(terms: View, bound: Bound) -> str:
+    """Give the shape of a parameter of groups of matrices in a product, if there is one."""
+    read = operands_of(terms, bound)
+    views = read[0] if read is not None else tuple[View]()
+    shapes = [shape_of(view.node) for view in views if is_parameter(view.node)]
+    shapes = [shape for shape in shapes if len(shape) > 3]
+    return f"[{', '.join(map(str, shapes[0]))}]" if shapes else ""
+
+
+def _between(
+    out: View, combine: View, second: Product, calls: tuple[Node, ...], bound: Bound
+) -> Found | None:
+    """Go on from the second product to the tokens; `calls` are those of experts one by one."""
+    activated, path = second.rows, [*second.path, *calls]
     while (below := through_layout(activated)) is not None:
         path.append(activated.node)
         activated = below
     try:
-        activation = read_activation(activated.node)
+        activation = read_with_learned(activated.node)
     except UnreadableActivation as error:
         if not _made_of(combine.node, _CHOICES):
             return None
@@ -86,14 +105,27 @@ def _between(out: View, combine: View, second: Product, bound: Bound) -> Found |
         return None
     if activation.up_rows:
         _check_up(out.node, first, up)
+    learned = _learned(activation, activated, second)
     operands, inside = entered
     path += (*activation.nodes, *first.path, *(up.path if up else ()), *inside)
     for dispatch, hidden in permutations(operands):
         block = _dispatch(out, combine, (dispatch, hidden), inside[-1], first)
         if block:
             products = (first, up, second)
-            return _found(out.node, hidden.node, block, products, activation, path)
+            return _found(out.node, hidden.node, block, products, activation, learned, path)
     return None
+
+
+def _learned(activation: Activation, activated: View, second: Product) -> Node | None:
+    """Give the vectors [E, I] that the activation reads."""
+    if activation.learned is None:
+        return None
+    view, inner = broadcast(activation.learned, activated.dims), leaves(activated.dims[-1])
+    found = view and len(inner) == 1 and vector_of(view, second.expert, inner[0])
+    if not found:
+        why = "what its activation reads is not a vector of each expert's own"
+        raise NearMiss(activation.learned, why, second.matrices)
+    return found
 
 
 def _found(
@@ -102,6 +134,7 @@ def _found(
     block: Dispatch,
     products: tuple[Product, Product | None, Product],
     activation: Activation,
+    learned: Node | None,
     path: list[Node],
 ) -> Found:
     first, up, second = products
@@ -122,6 +155,7 @@ def _found(
         gate_up_bias=first.bias,
         up_bias=up.bias if up else None,
         down_bias=second.bias,
+        learned=learned,
         output=output,
         active=sum(route.active for route in routes),
         activation=activation.expr,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from moecc.codegen.activation import GATE, UP, Expr, X, apply, constant
+from moecc.codegen.activation import GATE, LEARNED, UP, Expr, X, apply, constant
 from moecc.codegen.reference import experts_torch
 from moecc.codegen.spec import KernelSpec
 
@@ -23,6 +23,8 @@ STYLES: dict[str, tuple[Expr, dict[str, bool]]] = {
     "dbrx": (apply("mul", apply("silu", GATE), UP), {"split": True, "down_transposed": True}),
     "first-transposed": (apply("mul", apply("silu", GATE), UP), {"transposed": True, "bias": True}),
     "split": (apply("mul", apply("gelu_tanh", GATE), UP), {"bias": True, "split": True}),
+    "st-moe": (apply("mul", apply("mul", apply("gelu", GATE), UP), LEARNED), {"bias": True}),
+    "swish": (apply("mul", X, apply("sigmoid", apply("mul", LEARNED, X))), {"gated": False}),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2 * 2**-8, torch.float16: 2**-11}
@@ -50,7 +52,8 @@ def make_experts(spec: KernelSpec) -> list[torch.Tensor | None]:
         biases = [torch.randn(spec.experts, spec.rows), torch.randn(spec.experts, spec.hidden)]
     if spec.split:
         first, up = first.chunk(2, dim=2 if spec.transposed else 1)
-    return [t if t is None else t.to(spec.dtype) for t in (first, second, *biases, up)]
+    learned = torch.randn(spec.experts, spec.intermediate) if spec.learned else None
+    return [t if t is None else t.to(spec.dtype) for t in (first, second, *biases, up, learned)]
 
 
 def make_batch(spec: KernelSpec, tokens: int, active: int) -> tuple[torch.Tensor, ...]:
@@ -68,8 +71,9 @@ def definition(spec: KernelSpec, batch, experts) -> torch.Tensor:
 
 def terms(spec: KernelSpec, batch, experts) -> torch.Tensor:
     """Add the absolute values of what the definition adds: what rounding errors are relative to."""
-    first, second, bias, second_bias, up = experts
-    absolute = [first, second.abs(), bias, second_bias if bias is None else second_bias.abs(), up]
+    first, second, bias, second_bias, *others = experts
+    second_bias = second_bias if bias is None else second_bias.abs()
+    absolute = [first, second.abs(), bias, second_bias, *others]
     spec = replace(spec, activation=apply("abs", spec.activation))
     return definition(spec, batch, absolute)
 

@@ -98,7 +98,7 @@ def test_split_is_bit_for_bit_concatenated(layout: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("layout", MIXED)
 def test_reads_each_product_wherever_it_lies(layout: str) -> None:
     spec = spec_of(layout, torch.bfloat16, split=True)
-    batch, (gate, down, *_, up) = make_batch(spec, 60, 2), make_experts(spec)
+    batch, (gate, down, *_, up, _) = make_batch(spec, 60, 2), make_experts(spec)
     run = native.emit(spec).run
     plain = run(*batch, gate, down, None, None, up)
     parts: list[torch.Tensor] = []
@@ -128,7 +128,7 @@ def test_nan_in_one_expert_reaches_its_own_tokens(place: int, layout: str) -> No
 @pytest.mark.parametrize("layout", MIXED)
 def test_a_product_in_the_layout_of_the_other_is_named(layout: str) -> None:
     spec = spec_of(layout, split=True)
-    batch, (gate, down, *_, up) = make_batch(spec, 3, 2), make_experts(spec)
+    batch, (gate, down, *_, up, _) = make_batch(spec, 3, 2), make_experts(spec)
     run = native.emit(spec).run
     with pytest.raises(InputError, match=r"down is .*expected"):
         run(*batch, gate, down.mT.contiguous(), None, None, up)
@@ -144,7 +144,7 @@ def test_square_matrices_are_read_in_the_layout_that_the_spec_says(layout: str) 
     """No shape tells the layouts apart where H = I: the numbers must."""
     spec = replace(spec_of(layout, split=True), hidden=24, intermediate=24)
     batch, experts = make_batch(spec, 5, 2), make_experts(spec)
-    gate, down, *_, up = experts
+    gate, down, *_, up, _ = experts
     if spec.transposed:
         gate, up = gate.mT, up.mT
     if spec.down_transposed:

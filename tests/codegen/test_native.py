@@ -175,6 +175,12 @@ def test_an_input_that_does_not_fit_is_named():
     biased = emit(make_spec("gelu_tanh", torch.float32)).run
     with pytest.raises(InputError, match="gate_up_bias is missing"):
         biased(hidden, ids, scores, first, second, None, None)
+    with pytest.raises(InputError, match="learned was given"):
+        run(hidden, ids, scores, first, second, None, None, None, second[:, 0])
+    learned = emit(make_spec("st-moe", torch.float32))
+    biases = torch.zeros(4, 48), torch.zeros(4, 40)
+    with pytest.raises(InputError, match=r"learned is missing; expected .*\[4, 24\]"):
+        learned.run(hidden, ids, scores, first, second, *biases)
 
 
 def test_one_source_serves_every_shape():

@@ -52,14 +52,14 @@ def low_bit(style: str, scheme: Scheme | Schemes, dtype: torch.dtype, h: int, i:
 def packed(spec: KernelSpec) -> list[torch.Tensor | None]:
     assert spec.schemes is not None
     plain = replace(spec, dtype=torch.float32, schemes=None)
-    first, second, bias, second_bias, up = make_experts(plain)
+    first, second, bias, second_bias, up, learned = make_experts(plain)
     kinds = (spec.schemes.first, spec.schemes.second, spec.schemes.first)
     weights = [
         None if one is None else pack_experts(one, scheme)
         for one, scheme in zip((first, second, up), kinds, strict=True)
     ]
-    biases = [None if one is None else one.to(spec.dtype) for one in (bias, second_bias)]
-    return [weights[0], weights[1], *biases, weights[2]]
+    vectors = [None if one is None else one.to(spec.dtype) for one in (bias, second_bias, learned)]
+    return [weights[0], weights[1], *vectors[:2], weights[2], vectors[2]]
 
 
 def as_read(rows: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -78,7 +78,7 @@ def products(spec: KernelSpec, batch: Any, experts: Any) -> torch.Tensor:
     assert spec.schemes is not None
     one, two = spec.schemes.first, spec.schemes.second
     hidden, ids, weights = batch
-    first, second, bias, second_bias, up = experts
+    first, second, bias, second_bias, up, learned = experts
     sizes = (spec.experts, spec.intermediate, spec.hidden)
     matrices = [unpack_experts(part, sizes, one) for part in (first, up) if part is not None]
     down = unpack_experts(second, (spec.experts, sizes[2], sizes[1]), two).double()
@@ -88,8 +88,10 @@ def products(spec: KernelSpec, batch: Any, experts: Any) -> torch.Tensor:
     for slot in range(ids.shape[1]):
         rows = torch.einsum("th,tih->ti", x, wide[ids[:, slot]])
         rows = rows if bias is None else rows + bias[ids[:, slot]].double()
-        inner = evaluate(spec.activation, **split_gate_up(rows.float(), spec))
-        inner = as_read(inner, two)
+        leaves = split_gate_up(rows.float(), spec)
+        if learned is not None:
+            leaves["learned"] = learned[ids[:, slot]].float()
+        inner = as_read(evaluate(spec.activation, **leaves), two)
         terms = torch.einsum("ti,thi->th", inner, down[ids[:, slot]])
         terms = terms if second_bias is None else terms + second_bias[ids[:, slot]].double()
         out += weights[:, slot, None].double() * terms
@@ -102,7 +104,8 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("style", "scheme"),
-    [("relu2", one) for one in dict.fromkeys(SCHEMES.values())] + [("gelu_tanh", k) for k in KINDS],
+    [("relu2", one) for one in dict.fromkeys(SCHEMES.values())]
+    + [(style, k) for style in ("gelu_tanh", "st-moe") for k in KINDS],
     ids=str,
 )
 @pytest.mark.parametrize(("h", "i"), SHAPES)
@@ -225,7 +228,7 @@ def test_a_tensor_that_is_not_packed_so_is_named() -> None:
         with pytest.raises(InputError, match=rf"{name} is torch.uint8.*packed as int8"):
             emit(spec).run(*batch, *wrong)
     with pytest.raises(InputError, match="up is missing"):
-        emit(spec).run(*batch, *experts[:4], None)
+        emit(spec).run(*batch, *experts[:4], None, None)
 
 
 def test_layouts_that_packing_does_not_know_are_declined() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moecc.codegen.activation import GATE, UP, X, apply, evaluate
+from moecc.codegen.activation import GATE, LEARNED, UP, X, apply, evaluate
 from moecc.codegen.reference import emit, split_gate_up
 from moecc.codegen.spec import KernelSpec
 
@@ -60,6 +60,18 @@ def test_is_the_formula(
     torch.testing.assert_close(got, expected)
 
 
+def test_the_activation_may_read_a_vector_of_each_expert() -> None:
+    one = spec(activation=apply("mul", apply("tanh", apply("mul", LEARNED, GATE)), UP))
+    hidden, ids = torch.randn(T, H).double(), torch.randint(0, E, (T, K))
+    weights, learned = torch.rand(T, K).double(), torch.randn(E, I).double()
+    gate_up, down = torch.randn(E, 2 * I, H).double(), torch.randn(E, H, I).double()
+    gates, ups = (hidden @ gate_up.mT).transpose(0, 1).chunk(2, dim=-1)
+    every = torch.einsum("tei,ehi->teh", (learned * gates).tanh() * ups, down)
+    expected = (every.gather(1, ids[..., None].expand(T, K, H)) * weights[..., None]).sum(1)
+    got = emit(one).run(hidden, ids, weights, gate_up, down, None, None, None, learned)
+    torch.testing.assert_close(got, expected)
+
+
 def test_equal_specs_have_equal_keys_and_different_ones_do_not() -> None:
     assert spec().key == spec().key
     changes = [{"interleaved": True}, {"transposed": True}, {"down_transposed": True},
@@ -76,7 +88,15 @@ def test_the_experts_operator_passes_torchs_own_checks() -> None:
     ops.install(kernel.key, kernel.run)
     args = (
         torch.randn(T, H), torch.randint(0, E, (T, K)), torch.rand(T, K),
-        torch.randn(E, 2 * I, H), torch.randn(E, H, I), None, None, None, kernel.key,
+        torch.randn(E, 2 * I, H), torch.randn(E, H, I), *[None] * 4, kernel.key,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moecc.experts.default, args, test_utils=checks)
+    matrices = [[torch.nn.Parameter(one) for one in each] for each in args[3:5]]
+    apart = (*args[:3], *matrices, *args[5:])
+    with torch.no_grad():
+        # Not test_schema: parameters are moved in memory, which it takes for a write.
+        torch.library.opcheck(torch.ops.moecc.experts.apart, apart, test_utils=("test_faketensor",))
+        torch.testing.assert_close(
+            torch.ops.moecc.experts.apart(*apart), torch.ops.moecc.experts(*args)
+        )

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moecc.codegen.activation import GATE, OPERATIONS, UP, X, apply, evaluate
+from moecc.codegen.activation import GATE, LEARNED, OPERATIONS, UP, X, apply, evaluate
 from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_tiles import block_ms
 from moecc.runtime.errors import InputError, UnsupportedSpec
@@ -249,7 +249,11 @@ def test_the_source_shows_the_activation_and_the_kernels() -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"device": "cpu"}, "cuda"), ({"dtype": torch.float64}, "float64")],
+    [
+        ({"device": "cpu"}, "cuda"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"activation": apply("mul", GATE, LEARNED)}, "vector of an expert's own"),
+    ],
     ids=str,
 )
 def test_declines_what_it_cannot_write(change: dict[str, object], reason: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moecc.runtime.bank import Bank, refresh
+from moecc.runtime.bank import Bank, refresh, together
 from moecc.runtime.errors import InputError
 
 
@@ -96,3 +96,39 @@ def test_parameters_without_data_are_refused() -> None:
 
 def test_a_tensor_of_no_bank_needs_no_refresh() -> None:
     refresh(torch.zeros(2))
+
+
+def test_parameters_lie_together_from_the_first_call_on() -> None:
+    parameters = [one.weight for one in Holder().pool]
+    before = [one.clone() for one in parameters]
+    seen = together(parameters)
+    assert torch.equal(seen, torch.stack(before))
+    assert seen.data_ptr() == together(parameters).data_ptr() == parameters[0].data_ptr()
+    with torch.no_grad():
+        parameters[2].fill_(7)
+    assert (seen[2] == 7).all()
+
+
+def test_parameters_that_left_are_brought_together_again() -> None:
+    parameters = [one.weight for one in Holder().pool]
+    together(parameters)
+    parameters[1].data = torch.full((2, 4), 5.0)
+    assert (together(parameters)[1] == 5).all()
+    assert parameters[1].data_ptr() == together(parameters)[1].data_ptr()
+
+
+def test_parameters_of_two_groups_keep_their_values() -> None:
+    a, b, c = (one.weight for one in Holder().pool)
+    before = [one.clone() for one in (a, b, c)]
+    for _ in range(2):
+        assert torch.equal(together([a, b]), torch.stack(before[:2]))
+        assert torch.equal(together([c, a]), torch.stack([before[2], before[0]]))
+
+
+def test_parameters_may_be_brought_together_in_inference_mode() -> None:
+    holder = Holder()
+    parameters = [one.weight for one in holder.pool]
+    with torch.inference_mode():
+        together(parameters)
+    holder.pool[0](torch.randn(1, 4)).sum().backward()
+    assert parameters[0].grad is not None

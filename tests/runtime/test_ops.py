@@ -60,7 +60,7 @@ def test_calls_are_counted() -> None:
     ops.install("test: double", double)
     before = ops.calls["test: double"]
     x, ids, w = torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 4, 4)
-    out = torch.ops.moecc.experts(x, ids, torch.ones(1, 1), w, w, None, None, None, "test: double")
+    out = torch.ops.moecc.experts(x, ids, torch.ones(1, 1), w, w, *[None] * 4, "test: double")
     assert out.tolist() == [[2, 2, 2, 2]]
     assert ops.calls["test: double"] == before + 1
 
