@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.checkpoint.files import shards
+from moecc.checkpoint.files import read_headers, shards
 from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.sources import find_parameters
 from moecc.checkpoint.without_experts import Absent, load_without_experts
@@ -40,6 +40,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any)
     """
     chosen = Options.parse(options)
     folder = _folder(str(name))
+    read_headers(shards(folder))  # names what is damaged, before transformers stumbles over it
     model, absent = load_without_experts(folder, dtype)
     if not absent:
         raise ModelError(f"{str(name)!r} has no experts that moecc can leave on disk")
@@ -50,7 +51,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any)
 
     assert backend.moecc  # importing it installs the hooks
     capture.adopt(model, chosen)
-    return model.eval()
+    return model.eval().requires_grad_(False)  # kernels have no gradients
 
 
 def find_stores(model: nn.Module, absent: Sequence[Absent], folder: Path) -> list[Store]:
