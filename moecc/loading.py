@@ -34,6 +34,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any)
 
         model = moecc.load("org/name", expert_memory="8GiB")
         model.forward = torch.compile(model.forward, backend="moecc")
+        with torch.no_grad():  # kernels have no gradients
+            model.generate(...)
 
     Raises `OptionError` for bad options and for a budget below one token's demand, `ModelError`
     when there is no such model, `StoreError` when its files are damaged.
@@ -51,7 +53,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **options: Any)
 
     assert backend.moecc  # importing it installs the hooks
     capture.adopt(model, chosen)
-    return model.eval().requires_grad_(False)  # kernels have no gradients
+    return model.eval()
 
 
 def find_stores(model: nn.Module, absent: Sequence[Absent], folder: Path) -> list[Store]:

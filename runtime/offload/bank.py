@@ -50,7 +50,8 @@ class Bank:
         Raises `StoreError` when an expert cannot be read; the next call is not affected.
         """
         wanted = self._experts(ids)
-        onto = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        wide = torch.promote_types(self.store.layout.parts[0].dtype, torch.float32)
+        onto = hidden.new_zeros(hidden.shape, dtype=wide)
         with self.pool.lock:
             room = self.pool.slots
             size = room if len(wanted) <= room else max(1, room // 2)
