@@ -81,14 +81,15 @@ def test_a_family_gives_the_same_bits_at_every_budget(
     family: str, checkpoint: Callable[..., Path]
 ) -> None:
     folder = checkpoint(family)
-    expected = resident(folder)(IDS).logits
+    kept = resident(folder)
+    expected, shorter = kept(IDS).logits, kept(IDS[:, :3]).logits
     whole = moecc.load(folder)
     assert torch.equal(whole(IDS).logits, expected)
     assert {bank.pool.slots for bank in banks(whole)} == {8}
     for memory in ("25%", smallest(whole, 2)):
         model = moecc.load(folder, expert_memory=memory)
         assert torch.equal(model(IDS).logits, expected)
-        assert torch.equal(model(IDS[:, :3]).logits, resident(folder)(IDS[:, :3]).logits)
+        assert torch.equal(model(IDS[:, :3]).logits, shorter)
         assert slots(model) == [2] * len(banks(model))
 
 
@@ -119,10 +120,10 @@ def test_checkpoints_have_a_tensor_for_each_expert_or_for_all(
 
 def test_the_shipped_model_generates_the_same_tokens() -> None:
     prompt = torch.tensor([[17, 250, 9, 1]])
-    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     whole = resident(REFERENCE)
     expected, logits = whole.generate(prompt, **settings), whole(prompt).logits
-    for memory in ("25%", "100%"):
+    for memory in ("25%",):
         model = moecc.load(REFERENCE, expert_memory=memory)
         assert torch.equal(model(prompt).logits, logits)
         assert torch.equal(model.generate(prompt, **settings), expected)

@@ -13,6 +13,7 @@ one scale a block (`Scheme.block`), so that products are integer dot products.
 
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,11 @@ def emit(spec: KernelSpec) -> Kernel:
 
 Tensor = torch.Tensor | None
 
+_forked: list[int] = []
+"""Not empty in a forked child, which has OpenMP's records of threads but not the threads: it would
+wait for them for ever, so it computes with one."""
+os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
+
 
 def _call(
     spec: KernelSpec,
@@ -140,7 +146,7 @@ def _call(
         *_strides(spec, gate_up if up is None else up, spec.hidden),
         *_strides(spec, down, spec.intermediate),
         out.dtype == torch.float32,
-        torch.get_num_threads(),
+        1 if _forked else torch.get_num_threads(),
         _address(slots),
         slots is not None,
     )

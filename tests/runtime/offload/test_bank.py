@@ -1,6 +1,7 @@
 """Experts from slots: the bits of a call with all of them in memory, at every number of slots."""
 
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from moecc.runtime.offload.record import Layout
 from moecc.runtime.offload.store import Files, Read, Store
 from tests.codegen.native_cases import make_batch, make_experts, make_spec
 from tests.runtime.offload.stores import fail_reads, in_a_thread
+from tests.runtime.offload.test_link import in_child
 
 EXPERTS = 6
 CASES = [
@@ -159,4 +161,20 @@ def test_a_call_that_fails_leaves_the_next_one_right(
         with pytest.raises(StoreError, match=r"of 'layers.0' from .*Input/output error"):
             block.check(bank, batch)
     assert not bank.pool.cache._pins
+    block.check(bank, batch)
+
+
+def test_a_forked_child_computes_too(tmp_path: Path, link: Link) -> None:
+    block = Block(tmp_path, "native", torch.float32)
+    bank = block.bank(Pool(block.store.layout, 3, POLICIES["lru"], link))
+    batch = block.batch(64)
+    block.check(bank, batch)
+
+    def in_the_child() -> bool:
+        signal.alarm(10)  # waiting for threads that a child does not have
+        block.check(bank, batch)
+        block.check(bank, batch[:1] + [one.flip(0) for one in batch[1:]])
+        return True
+
+    assert in_child(in_the_child) == 0
     block.check(bank, batch)
