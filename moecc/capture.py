@@ -46,6 +46,7 @@ def install(backend: Callable[..., Any]) -> None:
 def adopt(model: torch.nn.Module, options: Options) -> None:
     """Let the experts of a model use our kernels, outside Dynamo too."""
     options = budgets.resolve(model, options)
+    transformers_experts.install(traced_by_us, note)  # transformers may be younger than `install`
     transformers_experts.adopt(model, options)
     one_hots.adopt(model, traced_by_us)
     module_experts.adopt(model, options, traced_by_us, note)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moecc.checkpoint.direct import find_store
-from moecc.checkpoint.files import shards
+from moecc.checkpoint.files import read_headers, shards
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
@@ -55,6 +55,8 @@ def load(
 
         model = moecc.load("org/name", expert_memory="8GiB")
         model.forward = torch.compile(model.forward, backend="moecc")
+        with torch.no_grad():  # kernels have no gradients
+            model.generate(...)
 
     Raises `OptionError` for bad options and for a budget below one token's demand, `ModelError`
     when there is no such model, `StoreError` when its files are damaged.
@@ -64,6 +66,7 @@ def load(
     if is_packed(folder):
         model, absent, lenders = _load_packed(folder, dtype, chosen)
     else:
+        read_headers(shards(folder))  # names what is damaged, before transformers stumbles over it
         model, absent, lenders = _load_checkpoint(folder, dtype, chosen, progress)
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender)

@@ -43,9 +43,10 @@ ExpertsFn = Callable[
 AddExpertsFn = Callable[..., None]
 """Add what some experts give: `add(onto, slots, *arguments of ExpertsFn)`.
 
-onto [T, H] float32 is added to, and `slots` [E] int64 says at which index of the weight tensors
-each expert lies; one with a negative slot contributes nothing. Calls for ascending ranges of
-experts, starting from zeros, give the bits of one `ExpertsFn` call when cast to hidden's dtype.
+onto [T, H] float32, or float64 for such weights, is added to, and `slots` [E] int64 says at which
+index of the weight tensors each expert lies; one with a negative slot contributes nothing. Calls
+for ascending ranges of experts, starting from zeros, give the bits of one `ExpertsFn` call when
+cast to hidden's dtype.
 """
 
 AdderFor = Callable[[Schemes | None], AddExpertsFn]

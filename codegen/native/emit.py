@@ -16,6 +16,7 @@ Calls use torch's number of threads, or fewer: `team.h` says when. A forked chil
 
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -106,13 +107,19 @@ def emit(spec: KernelSpec) -> Kernel:
         weights: torch.Tensor,
         *experts: Tensor,
     ) -> None:
-        _check_slots(spec, onto, slots, hidden)
+        held = len(experts[0]) if experts and experts[0] is not None else 0
+        _check_slots(spec, onto, slots, hidden, held)
         _call(spec, function, (hidden, ids, weights), experts, onto, slots)
 
     return Kernel(spec=spec, emitter="native", run=run, add=add, source=source)
 
 
 Tensor = torch.Tensor | None
+
+_forked: list[int] = []
+"""Not empty in a forked child, which has OpenMP's records of threads but not the threads: it would
+wait for them for ever, so it computes with one."""
+os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
 
 
 def _call(
@@ -149,7 +156,7 @@ def _call(
         *_strides(gate_up if up is None else up, spec.hidden, spec.schemes and spec.schemes.first),
         *_strides(down, spec.intermediate, spec.schemes and spec.schemes.second),
         out.dtype == torch.float32,
-        torch.get_num_threads(),
+        1 if _forked else torch.get_num_threads(),
         _address(slots),
         slots is not None,
     )
@@ -256,13 +263,17 @@ def _check_routing(
 
 
 def _check_slots(
-    spec: KernelSpec, onto: torch.Tensor, slots: torch.Tensor, hidden: torch.Tensor
+    spec: KernelSpec, onto: torch.Tensor, slots: torch.Tensor, hidden: torch.Tensor, held: int
 ) -> None:
     """Raise `InputError` unless a partial call knows where to add and where experts lie."""
-    if onto.shape != hidden.shape or onto.dtype != torch.float32 or not onto.is_contiguous():
-        raise _misfit("onto", onto, f"contiguous torch.float32 {[*hidden.shape]}")
-    if slots.shape != (spec.experts,) or slots.dtype != torch.int64 or not slots.is_contiguous():
-        raise _misfit("slots", slots, f"contiguous torch.int64 [{spec.experts}]")
+    plain = onto.is_contiguous() and onto.device.type == "cpu"
+    if onto.shape != hidden.shape or onto.dtype != torch.float32 or not plain:
+        raise _misfit("onto", onto, f"contiguous torch.float32 {[*hidden.shape]} on cpu")
+    plain = slots.is_contiguous() and slots.device.type == "cpu"
+    if slots.shape != (spec.experts,) or slots.dtype != torch.int64 or not plain:
+        raise _misfit("slots", slots, f"contiguous torch.int64 [{spec.experts}] on cpu")
+    if int(slots.max()) >= held:
+        raise InputError(f"slots name slot {int(slots.max())} and weights have {held} slots")
 
 
 def _check_weights(

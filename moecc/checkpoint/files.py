@@ -50,17 +50,20 @@ class Tensor:
 
 
 def shards(folder: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint folder, as its index names them if it has one.
+    """List the safetensors files of a checkpoint folder: one, or those that its index names.
 
     Raises `StoreError` when there are none, or one of the index is missing.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    whole = folder / "model.safetensors"
+    if whole.is_file():  # what transformers reads if it is there
+        files = [whole]
+    elif index.is_file():
         try:
             names = set(
                 cast("dict[str, str]", json.loads(index.read_text())["weight_map"]).values()
             )
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise StoreError(f"{str(index)!r} is not an index of shards: {error!r}") from error
         files = [folder / name for name in sorted(names)]
     else:
@@ -94,7 +97,9 @@ def header(file: Path) -> tuple[dict[str, Any], int]:
             parsed = json.loads(opened.read(length))
         except ValueError as error:
             raise StoreError(f"the header of {str(file)!r} is damaged: {error}") from error
-    return parsed, 8 + length
+    if not isinstance(parsed, dict):
+        raise StoreError(f"the header of {str(file)!r} is no mapping of tensors")
+    return cast("dict[str, Any]", parsed), 8 + length
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -105,14 +110,14 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         if name == "__metadata__":
             continue
         try:
-            begin, stop = entry["data_offsets"]
+            begin, stop = map(int, entry["data_offsets"])
             dtype, shape = DTYPES.get(entry["dtype"]), tuple(map(int, entry["shape"]))
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{str(file)!r} describes tensor {name!r} badly: {error!r}") from error
         if dtype is None:
             continue  # formats that nothing here reads, such as sub-byte ones
         tensor = Tensor(file=file, offset=start + begin, shape=shape, dtype=dtype)
-        if stop - begin != tensor.size:
+        if begin < 0 or stop - begin != tensor.size:
             what = f"gives tensor {name!r} {stop - begin} bytes, and its shape needs {tensor.size}"
             raise StoreError(f"{str(file)!r} {what}")
         if start + stop > end:

@@ -56,7 +56,8 @@ class Bank:
         Raises `StoreError` when an expert cannot be read; the next call is not affected.
         """
         wanted = self._experts(ids)
-        onto = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        wide = torch.promote_types(self.store.layout.parts[0].dtype, torch.float32)
+        onto = hidden.new_zeros(hidden.shape, dtype=wide)
         with self.pool.lock:
             groups = groups_of(wanted, self.pool.slots)
             double = len(groups) > 1 and 2 * len(groups[0]) <= self.pool.slots

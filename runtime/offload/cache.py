@@ -52,14 +52,15 @@ class Cache:
 
         Raises `InputError` when they are more than slots that nobody uses; nothing changes then.
         """
-        self.step += 1
-        missing = [key for key in keys if key not in self._slot]
-        room = self.slots - sum(1 for key in self._slot if self._pins[key] or key in set(keys))
-        if len(missing) > room:
+        wanted = set(keys)
+        missing = len(wanted - self._slot.keys())
+        room = self.slots - len(self._slot.keys() & (wanted | self._pins.keys()))
+        if missing > room:
             raise InputError(
-                f"{len(missing)} experts have to come into {room} of {self.slots} slots; the cache "
+                f"{missing} experts have to come into {room} of {self.slots} slots; the cache "
                 "needs a slot for each expert of a token"
             )
+        self.step += 1
         for key in keys:
             self._pins[key] += 1  # before anything is evicted
         admitted = [self._admit(key) for key in keys]
@@ -69,17 +70,18 @@ class Cache:
         return admitted
 
     def release(self, keys: Iterable[Key]) -> None:
-        """Unpin experts that are no longer read."""
+        """Unpin experts that are no longer read; one that is not pinned stays so."""
         for key in keys:
-            self._pins[key] -= 1
-            if not self._pins[key]:
-                del self._pins[key]
+            if self._pins[key] > 1:
+                self._pins[key] -= 1
+            else:
+                self._pins.pop(key, None)
 
     def predict(self, keys: Sequence[Key], due: int, most: int) -> list[Admission]:
         """Admit experts that will likely be requested at step `due`; at most `most` new ones.
 
-        They take free slots and those of experts that score lower; none that is predicted for a
-        step before `due`.
+        They take free slots and those of experts that score lowest; none that is predicted for
+        step `due` or one before it.
         """
         admitted: list[Admission] = []
         for key in keys:
@@ -104,8 +106,10 @@ class Cache:
     def shrink(self, slots: int) -> list[Key]:
         """Give up the slots from number `slots` on; return the experts that were in them.
 
-        Raises `InputError` if one of those is in use.
+        Raises `InputError` if one of those is in use, or there are not so many slots.
         """
+        if not 0 < slots <= self.slots:
+            raise InputError(f"a cache of {self.slots} slots cannot shrink to {slots}")
         leaving = [key for key, slot in self._slot.items() if slot >= slots]
         if any(self._pins[key] for key in leaving):
             raise InputError("slots cannot be given up while their experts are in use")

@@ -48,6 +48,16 @@ class Load:
     def __post_init__(self) -> None:
         self.restart()
 
+    @property
+    def active(self) -> bool:
+        """Somebody is reading a chunk of it."""
+        return self._active > 0
+
+    @property
+    def failed(self) -> bool:
+        """It will never be there."""
+        return self.error is not None or self.cancelled
+
     def restart(self) -> None:
         """Begin with the first chunk; they are taken from the end of a list."""
         self._left, self._active = list(_chunks(self.store, self.expert))[::-1], 0
@@ -97,6 +107,8 @@ class _State:
     loads: list[Load] = field(default_factory=list[Load])
     threads: list[threading.Thread] = field(default_factory=list[threading.Thread])
     closed: bool = False
+    paused: bool = False
+    """No chunk may be begun: the process is about to fork."""
     bytes: int = 0
     seconds: float = 0.0
     """Time in which at least one load was on its way."""
@@ -108,7 +120,7 @@ class _State:
 
 
 class Link:
-    """Reader threads, started with the first load and again in a forked child."""
+    """Reader threads, started with the first load, and again after `close` or in a forked child."""
 
     def __init__(self, readers: int = READERS) -> None:
         self._readers = readers
@@ -118,12 +130,15 @@ class Link:
 
     def submit(self, load: Load) -> None:
         """Start reading an expert."""
-        with self._state.changed:
-            if not self._state.loads:
-                self._state.since = time.perf_counter()
-            self._state.loads.append(load)
-            self._start_readers()
-            self._state.changed.notify_all()
+        if self._state.closed:
+            self._begin_anew([])
+        state = self._state
+        with state.changed:
+            _start_readers(state, self._readers)
+            if not state.loads:
+                state.since = time.perf_counter()
+            state.loads.append(load)
+            state.changed.notify_all()
 
     def promote(self, load: Load) -> None:
         """Let a load overtake those that are only predicted."""
@@ -135,11 +150,12 @@ class Link:
 
         Raises `StoreError` naming file and expert if it failed.
         """
-        with self._state.changed:
+        state = self._state
+        with state.changed:
             load.priority = DEMAND
             while not load.done:
-                self._start_readers()
-                self._state.changed.wait(timeout=1.0)
+                _start_readers(state, self._readers)
+                state.changed.wait(timeout=1.0)
         if load.error is not None:
             raise load.error
         if load.cancelled:
@@ -147,14 +163,18 @@ class Link:
 
     def cancel(self, load: Load) -> None:
         """Stop a load that nobody needs; when this returns, nobody writes to its record."""
-        with self._state.changed:
+        state = self._state
+        with state.changed:
             load.stop()
             while not load.done:
-                self._state.changed.wait(timeout=1.0)
-            _remove(self._state, load)
+                state.changed.wait(timeout=1.0)
+            _remove(state, load)
 
     def close(self) -> None:
-        """Stop the readers and close the files; loads on their way are cancelled."""
+        """Stop the readers and close the files; loads on their way are cancelled.
+
+        The next load starts new ones.
+        """
         _close(self._state)
 
     @property
@@ -165,7 +185,11 @@ class Link:
     @property
     def bandwidth(self) -> float | None:
         """Bytes a second while something was being read; None before the first load."""
-        return self._state.bytes / self._state.seconds if self._state.seconds else None
+        state = self._state
+        with state.changed:
+            running = time.perf_counter() - state.since if state.loads else 0.0
+            seconds = state.seconds + running
+            return state.bytes / seconds if state.bytes else None
 
     def busy(self) -> float:
         """Share of the latest time in which something was being read."""
@@ -180,60 +204,129 @@ class Link:
                 state.polled, state.busy_then = now, total
             return state.busy
 
-    def forget_threads(self) -> None:
-        """Begin anew in a forked child, which has none of the threads and maybe their locks."""
-        self._closing.detach()
-        unfinished = self._state.loads
-        for load in unfinished:
-            load.restart()
-        self._state = _State(loads=unfinished, since=time.perf_counter())
-        self._closing = weakref.finalize(self, _close, self._state)
-
-    def _start_readers(self) -> None:
+    def pause(self) -> None:
+        """Let readers end their chunks, and keep them from the next: nobody writes to a record."""
         state = self._state
-        state.threads = [thread for thread in state.threads if thread.is_alive()]
-        for number in range(len(state.threads), self._readers):
-            name = f"moecc-reader-{number}"
-            thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
-            state.threads.append(thread)
-            thread.start()
+        state.changed.acquire()
+        state.paused = True
+        while any(load.active for load in state.loads):
+            state.changed.wait(timeout=1.0)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        state = self._state
+        state.paused = False
+        state.changed.notify_all()
+        state.changed.release()
+
+    def resume_in_child(self) -> None:
+        """Go on after `pause` in a forked child, which has none of the threads."""
+        state = self._state
+        state.files.close_copies()
+        for load in state.loads:
+            load.done = load.done or load.cancelled
+            load.restart()
+        self._begin_anew([load for load in state.loads if not load.done])
+
+    def _begin_anew(self, loads: list[Load]) -> None:
+        self._closing.detach()
+        old = self._state
+        files = Files(stamps=old.files.stamps)
+        self._state = _State(files=files, loads=loads, bytes=old.bytes, seconds=old.seconds)
+        self._state.since, self._state.busy_then = time.perf_counter(), old.seconds
+        self._closing = weakref.finalize(self, _close, self._state)
 
 
 _links: "weakref.WeakSet[Link]" = weakref.WeakSet()
 
 
-def _after_fork() -> None:
-    for link in _links:
-        link.forget_threads()
+_paused: list[Link] = []
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _pause_all() -> None:
+    """Have no read under way in a fork: it could end up in either process's memory."""
+    _paused[:] = _links
+    for link in _paused:
+        link.pause()
+
+
+def _resume_all() -> None:
+    while _paused:
+        _paused.pop().resume()
+
+
+def _resume_all_in_child() -> None:
+    while _paused:
+        _paused.pop().resume_in_child()
+
+
+os.register_at_fork(
+    before=_pause_all, after_in_parent=_resume_all, after_in_child=_resume_all_in_child
+)
+
+
+def _start_readers(state: _State, readers: int) -> None:
+    """Replace readers that are missing; one is enough to go on with."""
+    state.threads = [thread for thread in state.threads if thread.is_alive()]
+    while len(state.threads) < readers and not state.closed:
+        name = f"moecc-reader-{len(state.threads)}"
+        thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads
+            if not state.threads:
+                raise
+            return
+        state.threads.append(thread)
 
 
 def _work(state: _State) -> None:
-    """Read chunks until the link is closed."""
-    while True:
+    """Read chunks until the link is closed; the last reader that leaves closes the files."""
+    try:
+        while (taken := _take(state)) is not None:
+            load, chunk = taken
+            error: Exception | None = StoreError(_what(load, "its reader thread died", *chunk[:2]))
+            try:
+                error = _read(state.files, load, chunk)
+            finally:  # whatever happens here, nobody waits for ever
+                _finish(state, load, chunk, error)
+    finally:
         with state.changed:
-            while not state.closed and not any(load.waits for load in state.loads):
-                state.changed.wait()
-            if state.closed:
-                return
-            load = min((one for one in state.loads if one.waits), key=lambda one: one.priority)
-            chunk = load.take()
-        error = _read(state.files, load, chunk)
-        with state.changed:
-            last = load.finish(error)
-            state.bytes += chunk[2]
-        if not last:
-            continue
-        again = _verify(load)
-        with state.changed:
-            if again and not load.cancelled:
-                load.restart()
-            else:
-                load.done = True
-                _remove(state, load)
+            if threading.current_thread() in state.threads:
+                state.threads.remove(threading.current_thread())
+            if state.closed and not state.threads:
+                state.files.close()
+
+
+def _take(state: _State) -> tuple[Load, tuple[Read, int, int]] | None:
+    """Wait for a chunk to read and give it with its load; None when the link is closed."""
+    with state.changed:
+        while not state.closed:
+            waiting = (load for load in state.loads if load.waits and not state.paused)
+            load = min(waiting, key=lambda load: load.priority, default=None)
+            if load is not None:
+                return load, load.take()
+            state.changed.wait()
+    return None
+
+
+def _finish(state: _State, load: Load, chunk: tuple[Read, int, int], error: Exception | None):
+    """Count a chunk, and end its load with the last one."""
+    with state.changed:
+        last = load.finish(error)
+        state.bytes += chunk[2] if error is None else 0
+        if state.paused:
             state.changed.notify_all()
+    if not last:
+        return
+    again = _verify(load)
+    with state.changed:
+        if again and not load.cancelled:
+            load.restart()
+        else:
+            load.done = True
+            _remove(state, load)
+        state.changed.notify_all()
 
 
 def _read(files: Files, load: Load, chunk: tuple[Read, int, int]) -> Exception | None:
@@ -248,7 +341,10 @@ def _read(files: Files, load: Load, chunk: tuple[Read, int, int]) -> Exception |
             break
         except OSError as error:
             problem = str(error)
-        except BaseException as error:  # a reader that dies would leave everybody waiting
+        except StoreError as error:
+            problem = str(error)
+            break
+        except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             break
         else:
@@ -266,6 +362,8 @@ def _verify(load: Load) -> bool:
         if load.wants_again():
             return True
         load.error = error
+    except Exception as error:
+        load.error = StoreError(_what(load, f"{type(error).__name__}: {error}"))
     return False
 
 
@@ -288,8 +386,9 @@ def _close(state: _State) -> None:
         for load in state.loads:
             load.stop()
         state.changed.notify_all()
-    for thread in state.threads:
-        if thread is not threading.current_thread():
+        readers = list(state.threads)
+        if not readers:
+            state.files.close()
+    if threading.current_thread() not in readers:  # where garbage was collected
+        for thread in readers:
             thread.join(timeout=5.0)
-    state.threads.clear()
-    state.files.close()

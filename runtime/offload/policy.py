@@ -47,7 +47,7 @@ def lfu(key: Key, usage: Usage, step: int) -> tuple[float, ...]:
 def lookahead(key: Key, usage: Usage, step: int) -> tuple[float, ...]:
     """Score by the predicted next use."""
     due = usage.due.get(key, -1)
-    next_use = due - step if due >= step else _NEVER
+    next_use = due - step if due > step else _NEVER  # at `step` itself, what it needs is pinned
     return (-next_use, usage.last.get(key, -1))
 
 

@@ -1,13 +1,15 @@
 """Hold slots that blocks share, and bring experts into them."""
 
 import mmap
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 
 from moecc.runtime.offload.cache import Admission, Cache
 from moecc.runtime.offload.link import DEMAND, Link, Load
 from moecc.runtime.offload.policy import Key, Policy
-from moecc.runtime.offload.record import Layout, new_records
+from moecc.runtime.offload.record import Layout, new_records, up_to
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Trace
 
@@ -26,8 +28,10 @@ class Pool:
         self.trace = Trace()
         self._memory, self.records = new_records(slots, layout)
         self.tensors = layout.tensors(self.records)
-        self._loads: dict[Key, Load] = {}
+        self._loads: dict[int, Load] = {}
+        """Who writes to each slot, or did and nobody has looked since."""
         self._foretold: set[Key] = set()
+        _pools.add(self)
 
     @property
     def slots(self) -> int:
@@ -42,10 +46,13 @@ class Pool:
         self._drop_failed(keys)
         admitted = self.cache.request(keys)
         for one in admitted:
-            if not one.hit:
-                self._load(store, one, DEMAND)
-            elif one.key in self._loads:
-                self.link.promote(self._loads[one.key])
+            if one.hit and one.slot in self._loads:
+                self.link.promote(self._loads[one.slot])
+        try:
+            self._load(store, admitted, DEMAND)
+        except BaseException:
+            self.cache.release(keys)
+            raise
         foretold = self._foretold.intersection(keys)
         self.trace.counts.useful += len(foretold)
         self._foretold -= foretold
@@ -58,57 +65,88 @@ class Pool:
         """
         self._drop_failed(keys)
         admitted = self.cache.predict(keys, self.cache.step + due, most)
-        for one in admitted:
-            self._load(store, one, DEMAND + due)
-            self._foretold.add(one.key)
+        self._load(store, admitted, DEMAND + due)
+        self._foretold.update(one.key for one in admitted)
         self.trace.counts.predicted += len(admitted)
         self.trace.add_guess(tuple(keys))
         return [one.evicted for one in admitted if one.evicted is not None]
 
     def is_late(self, key: Key) -> bool:
-        """Tell whether an admitted expert is still on its way."""
-        load = self._loads.get(key)
-        if load is not None and load.done and load.error is None:
-            del self._loads[key]
+        """Tell whether an admitted expert is still on its way, or failed to come."""
+        slot = self.cache.slot(key)
+        load = self._loads.get(slot)
+        if load is not None and load.done and not load.failed:
+            del self._loads[slot]
             return False
         return load is not None
 
     def wait(self, key: Key) -> None:
         """Wait for an admitted expert; raises `StoreError` if it cannot be read."""
-        load = self._loads.get(key)
+        slot = self.cache.slot(key)
+        load = self._loads.get(slot)
         if load is not None:
             self.link.wait(load)
-            del self._loads[key]
+            del self._loads[slot]
 
     def shrink(self, slots: int) -> None:
         """Give the memory of all but so many slots back.
 
-        Raises `InputError` when an expert in one of them is in use.
+        Raises `InputError` when an expert in one of them is in use, or there are not so many.
         """
         with self.lock:
-            for key in self.cache.shrink(slots):
-                self._cancel(key)
-            self._memory.madvise(mmap.MADV_DONTNEED, slots * self.layout.size)
+            self._foretold.difference_update(self.cache.shrink(slots))
+            for slot in [slot for slot in self._loads if slot >= slots]:
+                self._stop(slot)
+            rest = up_to(slots * self.layout.size, mmap.PAGESIZE)
+            if rest < len(self._memory):
+                self._memory.madvise(mmap.MADV_DONTNEED, rest)
 
-    def _load(self, store: Store, admission: Admission, priority: int) -> None:
-        if admission.evicted is not None:
-            self._cancel(admission.evicted)
-        record = self.records[admission.slot]
-        load = Load(store, admission.key[1], record, priority)
-        self._loads[admission.key] = load
-        self.link.submit(load)
+    def _load(self, store: Store, admitted: Sequence[Admission], priority: int) -> None:
+        """Start reading those that miss; what cannot be started is not in the cache."""
+        missing = [one for one in admitted if not one.hit]
+        self._foretold.difference_update(one.evicted for one in missing)
+        try:
+            while missing:
+                one = missing[0]
+                self._stop(one.slot)
+                load = Load(store, one.key[1], self.records[one.slot], priority)
+                self.link.submit(load)
+                self._loads[one.slot] = load
+                del missing[0]
+        finally:  # an interrupt while a load stops, or no thread to read
+            for one in missing:
+                self.cache.drop(one.key)
 
-    def _cancel(self, key: Key) -> None:
-        """Make sure that nobody writes to the slot of an expert that left."""
-        self._foretold.discard(key)
-        load = self._loads.pop(key, None)
-        if load is not None:
-            self.link.cancel(load)
+    def _stop(self, slot: int) -> None:
+        """Make sure that nobody writes to a slot for an expert that left it."""
+        if slot in self._loads:
+            self.link.cancel(self._loads[slot])
+            del self._loads[slot]
 
     def _drop_failed(self, keys: Sequence[Key]) -> None:
         """Forget experts whose reading failed, so that they are read anew."""
         for key in keys:
-            load = self._loads.get(key)
-            if load is not None and load.done and (load.error or load.cancelled):
-                del self._loads[key]
-                self.cache.drop(key)
+            if key in self.cache:
+                load = self._loads.get(self.cache.slot(key))
+                if load is not None and load.done and load.failed:
+                    del self._loads[self.cache.slot(key)]
+                    self.cache.drop(key)
+
+
+_pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
+_locked: list[Pool] = []
+
+
+def _lock_all() -> None:
+    """Let running calls end before a fork: a child has no thread that would end them."""
+    _locked[:] = _pools
+    for pool in _locked:
+        pool.lock.acquire()
+
+
+def _unlock_all() -> None:
+    while _locked:
+        _locked.pop().lock.release()
+
+
+os.register_at_fork(before=_lock_all, after_in_parent=_unlock_all, after_in_child=_unlock_all)

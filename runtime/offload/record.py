@@ -92,7 +92,7 @@ def new_records(count: int, layout: Layout) -> tuple[mmap.mmap, torch.Tensor]:
     try:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a forked child writes to its own copy
         memory = mmap.mmap(-1, count * layout.size, flags)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         size = count * layout.size
         raise InputError(f"cannot allocate {size:,} bytes for {count} experts: {error}") from error
     return memory, torch.frombuffer(memory, dtype=torch.uint8).view(count, layout.size)

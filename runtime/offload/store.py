@@ -53,9 +53,10 @@ class Store:
             return
         found = zlib.crc32(bytes_of(record))
         if found != self.checksums[expert]:
+            first = self.reads[expert][0]
             raise StoreError(
-                f"expert {expert} of {self.name!r} in {str(self.reads[expert][0].file)!r} has "
-                f"checksum {found:08x}, not {self.checksums[expert]:08x}: the file is damaged; "
+                f"expert {expert} of {self.name!r} in {str(first.file)!r} at byte {first.offset} "
+                f"has checksum {found:08x}, not {self.checksums[expert]:08x}: the file is damaged; "
                 "pack it again"
             )
 
@@ -64,6 +65,8 @@ class Store:
 class Files:
     """Open files, each once, shared by threads; a forked child opens its own."""
 
+    stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict[Path, tuple[int, ...]])
+    """What each file was when it was opened first; another file's bytes would be silent garbage."""
     _open: dict[Path, tuple[int, bool]] = field(default_factory=dict[Path, tuple[int, bool]])
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _buffers: threading.local = field(default_factory=threading.local)
@@ -71,20 +74,27 @@ class Files:
     def read(self, read: Read, record: torch.Tensor, start: int, length: int) -> None:
         """Fill part of a record, uint8 [size]: `length` bytes of a read from its byte `start`.
 
-        Raises `OSError` as the system does, and `EOFError` when the file ends before.
+        Raises `OSError` as the system does, `EOFError` when the file ends before, and `StoreError`
+        when it is no longer the file that was opened first.
         """
         handle, direct = self._handle(read.file)
+        self._fill(handle, direct, read, record, start, length)
+        self._check(read.file, handle)
+
+    def _fill(
+        self, handle: int, direct: bool, read: Read, record: torch.Tensor, start: int, length: int
+    ) -> None:
         begin, into = read.offset + start, read.into + start
         target = record[into : into + length]
         if not direct:
-            return _fill(handle, bytes_of(target), begin)
+            return _fill(handle, bytes_of(target), begin, length)
         first = begin // PAGE * PAGE
         whole = up_to(begin + length, PAGE) - first
         aligned = first == begin and whole == length and target.data_ptr() % PAGE == 0
         if aligned:
-            return _fill(handle, bytes_of(target), begin)
+            return _fill(handle, bytes_of(target), begin, length, PAGE)
         buffer = self._buffer(whole)
-        _fill(handle, bytes_of(buffer), first, needed=begin + length - first)
+        _fill(handle, bytes_of(buffer), first, begin + length - first, PAGE)
         target.copy_(buffer[begin - first : begin - first + length])
         return None
 
@@ -95,11 +105,30 @@ class Files:
                 os.close(handle)
             self._open.clear()
 
+    def close_copies(self) -> None:
+        """Close a forked child's copies, whoever had the lock in the parent."""
+        for handle, _ in self._open.values():
+            os.close(handle)
+        self._open.clear()
+
     def _handle(self, file: Path) -> tuple[int, bool]:
         with self._lock:
             if file not in self._open:
-                self._open[file] = _open(file)
+                handle, direct = _open(file)
+                self.stamps.setdefault(file, _stamp(handle))
+                try:
+                    self._check(file, handle)
+                except StoreError:
+                    os.close(handle)
+                    raise
+                self._open[file] = handle, direct
             return self._open[file]
+
+    def _check(self, file: Path, handle: int) -> None:
+        if _stamp(handle) != self.stamps[file]:
+            raise StoreError(
+                "the file was written to or replaced since it was opened; load the model again"
+            )
 
     def _buffer(self, size: int) -> torch.Tensor:
         """Give this thread's page-aligned memory."""
@@ -122,14 +151,21 @@ def _open(file: Path) -> tuple[int, bool]:
     return os.open(file, os.O_RDONLY | os.O_CLOEXEC), False
 
 
-def _fill(handle: int, memory: memoryview, offset: int, needed: int | None = None) -> None:
-    """Read until `needed` bytes, all by default, are there; a read may return fewer."""
-    done, needed = 0, len(memory) if needed is None else needed
+def _stamp(handle: int) -> tuple[int, ...]:
+    """Say which file it is, and which version of it."""
+    status = os.fstat(handle)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _fill(handle: int, memory: memoryview, offset: int, needed: int, unit: int = 1) -> None:
+    """Read until `needed` bytes are there; a read may return fewer, and then goes on at a unit."""
+    done = 0
     while done < needed:
-        count = os.preadv(handle, [memory[done:]], offset + done)
-        if count == 0:
+        start = done // unit * unit
+        count = os.preadv(handle, [memory[start:]], offset + start)
+        if start + count <= done:
             raise EOFError(f"the file ends at byte {offset + done}")
-        done += count
+        done = start + count
 
 
 def bytes_of(memory: torch.Tensor) -> memoryview:

@@ -1,0 +1,180 @@
+"""Experts from slots: the bits of a call with all of them in memory, at every number of slots."""
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moecc.codegen import reference
+from moecc.codegen.native.emit import emit
+from moecc.codegen.spec import Kernel
+from moecc.runtime.errors import StoreError
+from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.link import Link, Load
+from moecc.runtime.offload.policy import POLICIES
+from moecc.runtime.offload.pool import Pool
+from moecc.runtime.offload.record import Layout
+from moecc.runtime.offload.store import Files, Read, Store
+from tests.codegen.native_cases import make_batch, make_experts, make_spec
+from tests.runtime.offload.stores import fail_reads, in_a_thread
+from tests.runtime.offload.test_link import in_child
+
+EXPERTS = 6
+CASES = [
+    ("native", torch.float32), ("native", torch.bfloat16), ("native", torch.float16),
+    ("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float64),
+]  # fmt: skip
+
+
+class Block:
+    """One block's experts in memory and on disk."""
+
+    def __init__(self, folder: Path, emitter: str, dtype: torch.dtype, number: int = 0) -> None:
+        spec = make_spec("gpt-oss", dtype, EXPERTS)
+        self.kernel: Kernel = {"native": emit, "torch": reference.emit}[emitter](spec)
+        self.weights = make_experts(spec)
+        first, second, *self.biases, _ = self.weights
+        assert first is not None
+        assert second is not None
+        layout = Layout.of({"gate_up": (first.shape[1:], dtype), "down": (second.shape[1:], dtype)})
+        file = folder / f"{number}.bin"
+        with file.open("wb") as opened:
+            for expert in range(EXPERTS):
+                for one in (first, second):
+                    opened.write(one[expert].contiguous().view(torch.uint8).numpy().tobytes())
+        sizes = [part.size for part in layout.parts]
+        reads = tuple(
+            tuple(
+                Read(file=file, offset=at, length=part.size, into=part.offset)
+                for at, part in zip((start, start + sizes[0]), layout.parts, strict=True)
+            )
+            for start in range(0, EXPERTS * sum(sizes), sum(sizes))
+        )
+        self.store = Store(name=f"layers.{number}", layout=layout, reads=reads)
+        self.number = number
+
+    def bank(self, pool: Pool, shared: bool = False) -> Bank:
+        return Bank(number=self.number, store=self.store, pool=pool, shared=shared)
+
+    def batch(self, tokens: int) -> list[torch.Tensor]:
+        """Make tokens; some name an expert twice, or none that there is."""
+        hidden, ids, scores = make_batch(self.kernel.spec, tokens, 2)
+        if tokens > 2:
+            ids[1] = ids[1, 0]
+            ids[2] = torch.tensor([-1, EXPERTS])
+        return [hidden, ids, scores]
+
+    def check(self, bank: Bank, batch: list[torch.Tensor]) -> None:
+        """Compare bits with the resident kernel."""
+        assert self.kernel.add is not None
+        got = bank.run(self.kernel.add, *batch, *self.biases)
+        assert torch.equal(got, self.kernel.run(*batch, *self.weights))  # pyright: ignore
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    made = Link()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """Count loads by expert; each read takes a time of its own."""
+    count: Counter[int] = Counter()
+    original, submit, times = Files.read, Link.submit, random.Random(0)
+
+    def counted(self: Link, load: Load) -> None:
+        count[load.expert] += 1
+        submit(self, load)
+
+    def read(self: Files, *args: Any) -> None:
+        if times.random() < 0.3:
+            time.sleep(times.random() * 0.002)  # not to wait for anything: to come late
+        original(self, *args)
+
+    monkeypatch.setattr(Link, "submit", counted)
+    monkeypatch.setattr(Files, "read", read)
+    return count
+
+
+@pytest.mark.parametrize(("emitter", "dtype"), CASES, ids=str)
+def test_every_number_of_slots_gives_the_bits_of_all(
+    emitter: str, dtype: torch.dtype, tmp_path: Path, link: Link, loads: Counter[int]
+) -> None:
+    block = Block(tmp_path, emitter, dtype)
+    for slots in range(1, EXPERTS + 1):
+        policy = list(POLICIES.values())[slots % 3]
+        bank = block.bank(Pool(block.store.layout, slots, policy, link))
+        assert bank.pool.records.numel() == slots * block.store.layout.size
+        for tokens in (1, 3, 64, 0, 1, 3):
+            loads.clear()
+            block.check(bank, block.batch(tokens))
+            assert set(loads.values()) <= {1}  # each expert at most once a call
+            bank.prefetch(random.sample(range(EXPERTS), 2), 1, 2)
+        assert not bank.pool.cache._pins
+        counts = bank.pool.trace.counts
+        assert (counts.requests, counts.experts >= counts.hits) == (6, True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_blocks_share_a_pool(policy: str, tmp_path: Path, link: Link, loads: Counter[int]) -> None:
+    blocks = [Block(tmp_path, "native", torch.bfloat16, number) for number in range(3)]
+    pool = Pool(blocks[0].store.layout, 5, POLICIES[policy], link)
+    banks = [block.bank(pool, shared=True) for block in blocks]
+    for turn in range(30):
+        block, bank = blocks[turn % 3], banks[turn % 3]
+        banks[(turn + 1) % 3].prefetch(random.sample(range(EXPERTS), 2), 1, 2)
+        block.check(bank, block.batch(random.choice((1, 2, 3, 20))))
+        if turn == 20:
+            pool.shrink(3)
+
+
+def test_two_threads_may_call_one_bank(tmp_path: Path, link: Link, loads: Counter[int]) -> None:
+    block = Block(tmp_path, "native", torch.float32)
+    bank = block.bank(Pool(block.store.layout, 3, POLICIES["lru"], link))
+
+    def call() -> None:
+        for tokens in (1, 3, 20) * 5:
+            block.check(bank, block.batch(tokens))
+
+    both = [in_a_thread(call), in_a_thread(call)]
+    for result in both:
+        result()
+    assert bank.pool.trace.counts.requests == 30
+
+
+def test_a_call_that_fails_leaves_the_next_one_right(
+    tmp_path: Path, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block(tmp_path, "native", torch.float32)
+    bank = block.bank(Pool(block.store.layout, 3, POLICIES["lru"], link))
+    batch = block.batch(20)
+    with monkeypatch.context() as patch:
+        fail_reads(patch, [OSError(5, "Input/output error")] * 100)
+        with pytest.raises(StoreError, match=r"of 'layers.0' from .*Input/output error"):
+            block.check(bank, batch)
+    assert not bank.pool.cache._pins
+    block.check(bank, batch)
+
+
+def test_a_forked_child_computes_too(tmp_path: Path, link: Link) -> None:
+    block = Block(tmp_path, "native", torch.float32)
+    bank = block.bank(Pool(block.store.layout, 3, POLICIES["lru"], link))
+    batch = block.batch(64)
+    block.check(bank, batch)
+
+    def in_the_child() -> bool:
+        signal.alarm(10)  # waiting for threads that a child does not have
+        block.check(bank, batch)
+        block.check(bank, batch[:1] + [one.flip(0) for one in batch[1:]])
+        return True
+
+    assert in_child(in_the_child) == 0
+    block.check(bank, batch)

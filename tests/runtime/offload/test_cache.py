@@ -1,0 +1,241 @@
+"""The table of experts and slots against a naive model that remembers everything."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from moecc.runtime.errors import InputError
+from moecc.runtime.offload.cache import Admission, Cache
+from moecc.runtime.offload.policy import POLICIES, Key, Usage, belady, lfu, lookahead, lru
+
+KEYS = st.tuples(st.integers(0, 2), st.integers(0, 4))
+SETS = st.lists(KEYS, min_size=1, max_size=6, unique=True)
+
+
+class Naive:
+    """What is where, and every event there ever was."""
+
+    def __init__(self, policy: str, slots: int) -> None:
+        self.policy, self.slots, self.step = policy, slots, 0
+        self.where: dict[Key, int] = {}
+        self.pinned: list[Key] = []
+        self.log: list[tuple[str, Key, int]] = []
+
+    def latest(self, kinds: str, key: Key) -> int:
+        return next((s for kind, k, s in self.log[::-1] if k == key and kind in kinds.split()), -1)
+
+    def score(self, key: Key) -> tuple[float, ...]:
+        """Lowest leaves."""
+        last = self.latest("use foretold", key)
+        if self.policy == "lru":
+            return (last,)
+        if self.policy == "lfu":
+            since = [kind for kind, k, _ in self.log if k == key]
+            since = since[max(i for i, kind in enumerate(since) if kind == "came") :]
+            return (since.count("use"), last)
+        due = self.latest("due", key)
+        return (-(due - self.step) if due > self.step else float("-inf"), last)
+
+    def victims(self) -> set[Key]:
+        """Whoever may leave: all of the lowest score."""
+        scores = {key: self.score(key) for key in self.where if key not in self.pinned}
+        return {key for key, score in scores.items() if score == min(scores.values())}
+
+    def follow(self, one: Admission) -> None:
+        """Check that one expert was admitted as it must be, and remember it."""
+        assert one.hit == (one.key in self.where)
+        if one.hit:
+            assert (one.slot, one.evicted) == (self.where[one.key], None)
+            return
+        if one.evicted is None:
+            assert one.slot in set(range(self.slots)) - set(self.where.values())
+        else:
+            assert len(self.where) == self.slots  # nobody leaves while there is room
+            assert one.evicted in self.victims()
+            assert one.slot == self.where.pop(one.evicted)
+        self.where[one.key] = one.slot
+        self.log.append(("came", one.key, self.step))
+
+
+class Machine(RuleBasedStateMachine):
+    """Random requests, releases, predictions, failures and shrinking."""
+
+    policy = "lru"
+    held = Bundle("held")
+
+    @initialize(slots=st.integers(1, 8))
+    def start(self, slots: int) -> None:
+        self.cache = Cache(slots, POLICIES[self.policy])
+        self.naive = Naive(self.policy, slots)
+
+    @rule(target=held, keys=SETS)
+    def request(self, keys: list[Key]):
+        naive = self.naive
+        taken = {key for key in naive.where if key in naive.pinned or key in keys}
+        if len(set(keys) - naive.where.keys()) > naive.slots - len(taken):
+            with pytest.raises(InputError, match=f"{naive.slots} slots"):
+                self.cache.request(keys)
+            return multiple()
+        naive.step += 1
+        naive.pinned += keys
+        admitted = self.cache.request(keys)
+        assert [one.key for one in admitted] == keys
+        for one in admitted:
+            naive.follow(one)
+        naive.log += [("use", key, naive.step) for key in keys]
+        return keys
+
+    @rule(keys=consumes(held))
+    def release(self, keys: list[Key]) -> None:
+        self.cache.release(keys)
+        for key in keys:
+            self.naive.pinned.remove(key)
+
+    @rule(keys=SETS, ahead=st.integers(1, 4), most=st.integers(0, 4))
+    def predict(self, keys: list[Key], ahead: int, most: int) -> None:
+        naive, due = self.naive, self.naive.step + ahead
+        naive.log += [("due", key, due) for key in keys]
+        admitted = self.cache.predict(keys, due, most)
+        absent = [key for key in keys if key not in naive.where]
+        assert [one.key for one in admitted] == absent[: len(admitted)]
+        assert len(admitted) <= most
+        for one in admitted:
+            if one.evicted is not None:
+                assert not naive.step < naive.latest("due", one.evicted) <= due
+            naive.follow(one)
+            naive.log.append(("foretold", one.key, naive.step))
+        if len(admitted) < min(most, len(absent)):  # it stopped because nobody may leave
+            assert len(naive.where) == naive.slots
+            needed = {k for k in naive.victims() if naive.step < naive.latest("due", k) <= due}
+            assert needed or not naive.victims()
+
+    @precondition(lambda self: set(self.naive.where) - set(self.naive.pinned))
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        free = sorted(set(self.naive.where) - set(self.naive.pinned))
+        key = data.draw(st.sampled_from(free))
+        self.cache.drop(key)
+        del self.naive.where[key]
+
+    @rule(slots=st.integers(0, 9))
+    def shrink(self, slots: int) -> None:
+        naive = self.naive
+        assume(slots == 0 or slots >= naive.slots - 1)  # slowly, so that slots are left
+        leaving = {key for key, slot in naive.where.items() if slot >= slots}
+        if not 0 < slots <= naive.slots or leaving & set(naive.pinned):
+            with pytest.raises(InputError, match=r"cannot shrink|in use"):
+                self.cache.shrink(slots)
+            return
+        assert set(self.cache.shrink(slots)) == leaving
+        naive.slots = slots
+        naive.where = {key: slot for key, slot in naive.where.items() if slot < slots}
+
+    @invariant()
+    def agree(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        cache, naive = self.cache, self.naive
+        assert (cache.slots, cache.step, len(cache)) == (naive.slots, naive.step, len(naive.where))
+        assert {key: cache.slot(key) for key in naive.where} == naive.where
+        assert len(set(naive.where.values())) == len(naive.where) <= naive.slots
+        assert all(key in cache for key in naive.pinned)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_it_does_what_a_naive_model_does(policy: str) -> None:
+    kind = type(f"{policy}Machine", (Machine,), {"policy": policy})
+    many = settings(max_examples=70, stateful_step_count=50, deadline=None)  # 10,500 operations
+    run_state_machine_as_test(kind, settings=many)
+
+
+def test_lru_takes_the_one_unused_for_longest() -> None:
+    usage = Usage(last={(0, 0): 3, (0, 1): 2, (0, 2): 5})
+    assert min(usage.last, key=lambda key: lru(key, usage, 6)) == (0, 1)
+
+
+def test_lfu_takes_the_rarest_and_of_those_the_oldest() -> None:
+    usage = Usage(last={(0, 0): 1, (0, 1): 4, (0, 2): 5}, count={(0, 0): 9, (0, 1): 2, (0, 2): 2})
+    assert min(usage.last, key=lambda key: lfu(key, usage, 6)) == (0, 1)
+
+
+def test_lookahead_spares_what_is_predicted_soonest() -> None:
+    usage = Usage(last={(0, e): e for e in range(4)}, due={(0, 0): 9, (0, 1): 7, (0, 3): 6})
+    order = sorted(usage.last, key=lambda key: lookahead(key, usage, 6))
+    assert order == [(0, 2), (0, 3), (0, 0), (0, 1)]  # 3 was predicted for now, and did not come
+
+
+def test_a_refused_request_changes_nothing() -> None:
+    cache = Cache(2, lru)
+    cache.request([(0, 0)])
+    with pytest.raises(InputError, match="2 experts have to come into 1 of 2 slots"):
+        cache.request([(0, 1), (0, 2)])
+    assert cache.step == 1
+    assert [one.hit for one in cache.request([(0, 0), (0, 1)])] == [True, False]
+
+
+def test_an_expert_named_twice_takes_one_slot() -> None:
+    first, second = Cache(1, lru).request([(0, 3), (0, 3)])
+    assert (first.hit, second.hit, first.slot) == (False, True, second.slot)
+
+
+def test_releasing_twice_leaves_no_pin() -> None:
+    cache = Cache(1, lru)
+    cache.request([(0, 0)])
+    cache.release([(0, 0), (0, 0)])
+    assert cache.request([(0, 1)])[0].evicted == (0, 0)
+
+
+def misses(requests: Sequence[Sequence[Key]], slots: int) -> int:
+    """Replay with the future known."""
+    future: dict[Key, list[int]] = {}
+    for step in range(len(requests), 0, -1):
+        for key in requests[step - 1]:
+            future.setdefault(key, []).append(step)
+    cache = Cache(slots, belady(future))
+    count = 0
+    for keys in requests:
+        count += sum(not one.hit for one in cache.request(keys))
+        cache.release(keys)
+    return count
+
+
+def fewest(requests: Sequence[Sequence[Key]], slots: int) -> int:
+    """Try every choice of victims."""
+    states = {frozenset[Key](): 0}
+    for keys in requests:
+        after: dict[frozenset[Key], int] = {}
+        for held, count in states.items():
+            others = held - set(keys)
+            stay = min(len(others), slots - len(keys))
+            for kept in itertools.combinations(sorted(others), stay):
+                new = frozenset(kept) | set(keys)
+                cost = count + len(set(keys) - held)
+                after[new] = min(cost, after.get(new, cost))
+        states = after
+    return min(states.values())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(
+        st.lists(st.tuples(st.just(0), st.integers(0, 5)), min_size=1, max_size=2, unique=True),
+        min_size=1, max_size=9,
+    ),
+    slots=st.integers(2, 4),
+)  # fmt: skip
+def test_belady_has_the_fewest_misses_there_can_be(requests: list[list[Key]], slots: int) -> None:
+    assert misses(requests, slots) == fewest(requests, slots)
