@@ -5,7 +5,7 @@ trace gives exactly the hits and misses of the run (`moecc.runtime.offload.repla
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moecc.runtime.errors import InputError
@@ -39,6 +39,9 @@ class Cache:
 
     def __contains__(self, key: Key) -> bool:
         return key in self._slot
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._slot)
 
     def __len__(self) -> int:
         return len(self._slot)

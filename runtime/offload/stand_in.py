@@ -46,8 +46,13 @@ def stand_in(like: torch.Tensor, lender: Lender) -> nn.Parameter:
     """Make a parameter of the shape and dtype of `like`, bound to a lender."""
     row = torch.full(like.shape[-1:], torch.nan, dtype=like.dtype, device="cpu")
     parameter = nn.Parameter(row.expand(like.shape), requires_grad=False)
-    setattr(parameter, _ATTRIBUTE, lender)
+    bind(parameter, lender)
     return parameter
+
+
+def bind(parameter: nn.Parameter, lender: Lender) -> None:
+    """Let a stand-in ask this lender from now on."""
+    setattr(parameter, _ATTRIBUTE, lender)
 
 
 def lender_of(weight: torch.Tensor) -> Lender | None:
