@@ -16,7 +16,8 @@ from moecc.codegen.native.emit import emit
 from moecc.codegen.spec import Kernel
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.bank import Bank
-from moecc.runtime.offload.link import Link, Load
+from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.record import Layout

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from moecc.runtime.errors import InputError, StoreError
-from moecc.runtime.offload import link as link_module
-from moecc.runtime.offload.link import Link, Load
+from moecc.runtime.offload import load as load_module
+from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.policy import Key, lru
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.store import Store
@@ -107,7 +108,7 @@ def test_a_prediction_is_counted_useful_when_it_is_asked_for(watched: Watched) -
 def test_an_expert_that_leaves_while_it_comes_is_stopped(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "CHUNK", 2048)  # three to an expert
+    monkeypatch.setattr(load_module, "CHUNK", 2048)  # three to an expert
     gate = Gate(monkeypatch)
     load = foretell(watched, 0)
     gate.arrived(1)
