@@ -80,7 +80,8 @@ def test_what_failed_is_read_anew(watched: Watched, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StoreError, match=r"expert 1 of .*Input/output error"):
         watched.use(1, 0)
     watched.use(1, 0)
-    assert watched.pool.predict(watched.store, [(0, 2)], 1, 1) == 1
+    watched.pool.predict(watched.store, [(0, 2)], 1, 1)
+    assert watched.pool.trace.counts.predicted == 1
 
 
 def test_a_prediction_that_fails_is_raised_only_where_it_is_needed(
@@ -88,7 +89,8 @@ def test_a_prediction_that_fails_is_raised_only_where_it_is_needed(
 ) -> None:
     fail_reads(monkeypatch, [EIO, EIO])
     pool = watched.pool
-    assert pool.predict(watched.store, [(0, 2)], 1, 1) == 1
+    pool.predict(watched.store, [(0, 2)], 1, 1)
+    assert pool.trace.counts.predicted == 1
     with pytest.raises(StoreError, match="expert 2"):
         pool.wait((0, 2))
     assert pool.is_late((0, 2))  # and is not computed with
@@ -98,7 +100,8 @@ def test_a_prediction_that_fails_is_raised_only_where_it_is_needed(
 
 def test_a_prediction_is_counted_useful_when_it_is_asked_for(watched: Watched) -> None:
     pool, counts = watched.pool, watched.pool.trace.counts
-    assert pool.predict(watched.store, [(0, 3), (0, 2), (0, 1)], 1, 2) == 2
+    pool.predict(watched.store, [(0, 3), (0, 2), (0, 1)], 1, 2)
+    assert pool.trace.counts.predicted == 2
     watched.use(3)
     watched.use(0, 1)  # 2 leaves unused
     watched.use(2)
