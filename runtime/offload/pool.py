@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Sequence
 
 from moecc.runtime.offload.cache import Admission, Cache
-from moecc.runtime.offload.link import DEMAND, Link, Load
+from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.load import DEMAND, Load
 from moecc.runtime.offload.policy import Key, Policy
 from moecc.runtime.offload.record import Layout, new_records, up_to
 from moecc.runtime.offload.store import Store

@@ -78,5 +78,16 @@ def terms(spec: KernelSpec, batch, experts) -> torch.Tensor:
     return definition(spec, batch, absolute)
 
 
+def rounding(spec: KernelSpec, batch, experts) -> float:
+    """Bound the norm of a kernel's error: that of its sums, and of what the activation is given.
+
+    A first product that cancels out loses float32 digits before the activation.
+    """
+    hidden, ids, weights = batch
+    absolute = [one if one is None else one.abs() for one in experts]
+    inner = definition(spec, (hidden.abs(), ids, weights), absolute).norm()
+    return float(TOLERANCE[spec.dtype] * terms(spec, batch, experts).norm() + 2**-24 * inner)
+
+
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     assert (got.double() - want).norm() <= tolerance * want.norm()

@@ -18,13 +18,12 @@ from moecc.runtime.errors import BuildError, InputError, NoCompiler, Unsupported
 from tests.codegen.native_cases import (
     DTYPES,
     STYLES,
-    TOLERANCE,
     assert_close,
     definition,
     make_batch,
     make_experts,
     make_spec,
-    terms,
+    rounding,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -47,7 +46,7 @@ def test_computes_what_the_definition_says(style, dtype, tokens, experts, active
     assert out.shape == (tokens, h)
     assert out.dtype == dtype
     error = (out.double() - definition(spec, batch, weights)).norm()
-    assert error <= TOLERANCE[dtype] * terms(spec, batch, weights).norm()
+    assert error <= rounding(spec, batch, weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,7 +75,7 @@ def test_rows_too_long_for_a_panel_in_l2_are_taken_in_parts(dtype):
     spec = make_spec("silu", dtype, experts=2, h=3000, i=5001)
     batch, weights = make_batch(spec, 7, 2), make_experts(spec)
     error = (emit(spec).run(*batch, *weights).double() - definition(spec, batch, weights)).norm()
-    assert error <= TOLERANCE[dtype] * terms(spec, batch, weights).norm()
+    assert error <= rounding(spec, batch, weights)
 
 
 def test_an_id_outside_the_experts_contributes_nothing():

@@ -13,7 +13,7 @@ from moecc.codegen.native.emit import emit
 from moecc.codegen.spec import KernelSpec
 from moecc.runtime.errors import InputError
 from moecc.runtime.schemes.packing import pack_experts
-from moecc.runtime.schemes.scheme import SCHEMES
+from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 from tests.codegen.native_cases import DTYPES, STYLES, make_batch, make_experts, make_spec
 
 EMITTERS = {"native": emit, "torch": reference.emit}
@@ -25,14 +25,14 @@ def add_in_groups(
     """Add group by group, each from slots in random order that only it fills."""
     spec: KernelSpec = kernel.spec
     onto = torch.zeros(batch[0].shape, dtype=torch.promote_types(spec.dtype, torch.float32))
-    first, second, *biases, up = weights
+    first, second, *biases, up, learned = weights
     for group in groups:
         count = len(group) + 1  # one that nobody uses
         places = torch.randperm(count)[: len(group)]
         slots = torch.full((spec.experts,), -1)
         slots[group] = places
         held = [_in_slots(one, group, places, count, apart) for one in (first, second, up)]
-        kernel.add(onto, slots, *batch, held[0], held[1], *biases, held[2])
+        kernel.add(onto, slots, *batch, held[0], held[1], *biases, held[2], learned)
     return onto.to(batch[0].dtype)
 
 
@@ -82,14 +82,15 @@ def test_any_split_has_the_bits_of_one_call(emitter: str, style: str) -> None:
 def test_packed_weights_too() -> None:
     plain = make_spec("split", torch.float32, experts=5, h=64, i=64)
     for name in ("int8", "int4"):
-        spec = replace(plain, scheme=SCHEMES[name], dtype=torch.bfloat16)
+        scheme = SCHEMES[name]
+        spec = replace(plain, schemes=Schemes(first=scheme, second=scheme), dtype=torch.bfloat16)
         batch = make_batch(spec, 5, 2)
-        first, second, *biases, up = make_experts(plain)
+        first, second, *biases, up, _ = make_experts(plain)
         packed = [
             pack_experts(one, SCHEMES[name]) for one in (first, second, up) if one is not None
         ]
         biases = [one if one is None else one.bfloat16() for one in biases]
-        weights = [packed[0], packed[1], *biases, packed[2]]
+        weights = [packed[0], packed[1], *biases, packed[2], None]
         kernel = emit(spec)
         whole = kernel.run(*batch, *weights)
         for groups in (split(5, {2}), split(5, {1, 2, 3, 4})):

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from moecc.runtime.offload.link import Link, Load
+from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.record import Layout, new_records
 from moecc.runtime.offload.store import Files, Read, Store
 

@@ -5,6 +5,7 @@ import gc
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.runtime.errors import InputError, StoreError
-from moecc.runtime.offload import link as link_module
-from moecc.runtime.offload.link import Link, Load
+from moecc.runtime.offload import load as load_module
+from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.record import PAGE, Layout, new_records
 from moecc.runtime.offload.store import Files, Read, Store
 from tests.runtime.offload.stores import (
@@ -37,7 +39,7 @@ EIO = OSError(errno.EIO, "Input/output error")
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
     """A link with one reader and small chunks, which leaves nothing behind."""
-    monkeypatch.setattr(link_module, "CHUNK", 2048)  # three to an expert
+    monkeypatch.setattr(load_module, "CHUNK", 2048)  # three to an expert
     before = open_files(), len(readers())
     made = Link(readers=1)
     yield made
@@ -78,7 +80,7 @@ def test_any_range_of_a_file_comes_to_its_place(
             layout=Layout.of({"gate_up": ((into,), torch.uint8)}),
             reads=(tuple(reads),),
         )
-        patch.setattr(link_module, "CHUNK", chunk)
+        patch.setattr(load_module, "CHUNK", chunk)
         if not direct:
             patch.setattr(os, "O_DIRECT", 0)
         load = new_load(store, 0)
@@ -185,7 +187,7 @@ def test_short_reads_go_on_where_they_stopped(
         return min(done, step)
 
     monkeypatch.setattr(os, "preadv", short)
-    monkeypatch.setattr(link_module, "CHUNK", 1 << 20)
+    monkeypatch.setattr(load_module, "CHUNK", 1 << 20)
     for expert in range(4):
         assert torch.equal(fetch(link, store, expert), data[expert])
 
@@ -378,7 +380,7 @@ def test_bandwidth_counts_the_time_of_loads_on_their_way(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [10.0]
-    monkeypatch.setattr(link_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     store, _ = write_store(tmp_path)
     assert link.bandwidth is None
     gate = Gate(monkeypatch)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from moecc.runtime.errors import InputError, StoreError
-from moecc.runtime.offload import link as link_module
-from moecc.runtime.offload.link import Link, Load
+from moecc.runtime.offload import load as load_module
+from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.policy import Key, lru
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.store import Store
@@ -79,7 +80,8 @@ def test_what_failed_is_read_anew(watched: Watched, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StoreError, match=r"expert 1 of .*Input/output error"):
         watched.use(1, 0)
     watched.use(1, 0)
-    assert watched.pool.predict(watched.store, [(0, 2)], 1, 1) == 1
+    watched.pool.predict(watched.store, [(0, 2)], 1, 1)
+    assert watched.pool.trace.counts.predicted == 1
 
 
 def test_a_prediction_that_fails_is_raised_only_where_it_is_needed(
@@ -87,7 +89,8 @@ def test_a_prediction_that_fails_is_raised_only_where_it_is_needed(
 ) -> None:
     fail_reads(monkeypatch, [EIO, EIO])
     pool = watched.pool
-    assert pool.predict(watched.store, [(0, 2)], 1, 1) == 1
+    pool.predict(watched.store, [(0, 2)], 1, 1)
+    assert pool.trace.counts.predicted == 1
     with pytest.raises(StoreError, match="expert 2"):
         pool.wait((0, 2))
     assert pool.is_late((0, 2))  # and is not computed with
@@ -97,7 +100,8 @@ def test_a_prediction_that_fails_is_raised_only_where_it_is_needed(
 
 def test_a_prediction_is_counted_useful_when_it_is_asked_for(watched: Watched) -> None:
     pool, counts = watched.pool, watched.pool.trace.counts
-    assert pool.predict(watched.store, [(0, 3), (0, 2), (0, 1)], 1, 2) == 2
+    pool.predict(watched.store, [(0, 3), (0, 2), (0, 1)], 1, 2)
+    assert pool.trace.counts.predicted == 2
     watched.use(3)
     watched.use(0, 1)  # 2 leaves unused
     watched.use(2)
@@ -107,7 +111,7 @@ def test_a_prediction_is_counted_useful_when_it_is_asked_for(watched: Watched) -
 def test_an_expert_that_leaves_while_it_comes_is_stopped(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "CHUNK", 2048)  # three to an expert
+    monkeypatch.setattr(load_module, "CHUNK", 2048)  # three to an expert
     gate = Gate(monkeypatch)
     load = foretell(watched, 0)
     gate.arrived(1)
