@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from moecc.checkpoint.files import read_headers, shards
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
-from moecc.checkpoint.packed import is_packed, open_store, read_manifest
+from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.native.build import cache_folder
 from moecc.passes.options import Options
-from moecc.runtime.errors import ModelError, OptionError
+from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand, share_slots
@@ -124,6 +125,7 @@ def _load_checkpoint(
     if len(direct) == len(stores):
         return model, absent, make_banks(model, direct, [None] * len(direct), options)
     target = _own_store(folder, options, recipes[0].dtype)
+    _drop_damaged(target)
     _log.info("packing %s into %s", folder, target)
     pack(folder, target, options.quantize, recipes[0].dtype, progress)
     return _load_packed(target, "auto", options)
@@ -189,8 +191,18 @@ def _active(model: nn.Module) -> int:
     return 1
 
 
+def _drop_damaged(folder: Path) -> None:
+    """Delete a packed store of our own that cannot be read; it can be made again."""
+    try:
+        if is_packed(folder):
+            read_manifest(folder)
+    except StoreError as error:
+        _log.warning("%s; packing it anew", error)
+        shutil.rmtree(folder)
+
+
 def _own_store(folder: Path, options: Options, dtype: torch.dtype) -> Path:
     """Say where the packed copy of a checkpoint goes."""
     files = "".join(fingerprint(file) for file in shards(folder))
-    digest = hashlib.sha256(f"{files} {options.quantize} {dtype}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{FORMAT} {files} {options.quantize} {dtype}".encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]

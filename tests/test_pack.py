@@ -59,13 +59,23 @@ def test_a_packed_model_computes_what_the_checkpoint_does(
 def test_a_budget_and_a_scheme_pack_beside_the_caches(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("moecc.loading.cache_folder", lambda: tmp_path)
     first = moecc.load(source, quantize="int8", expert_memory="50%")
-    (made,) = (tmp_path / "moecc" / "packed").iterdir()
+    (made,) = (tmp_path / "packed").iterdir()
     written = (made / "moecc.json").stat().st_mtime_ns
     again = moecc.load(source, quantize="int8", expert_memory="50%")
     assert (made / "moecc.json").stat().st_mtime_ns == written
+    assert torch.equal(logits(first), logits(again))
+
+
+def test_a_damaged_store_beside_the_caches_is_made_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.loading.cache_folder", lambda: tmp_path)
+    first = moecc.load(source, quantize="int8", expert_memory="50%")
+    (made,) = (tmp_path / "packed").iterdir()
+    (made / "moecc.json").write_text("{}")
+    again = moecc.load(source, quantize="int8", expert_memory="50%")
     assert torch.equal(logits(first), logits(again))
 
 
