@@ -112,7 +112,7 @@ def test_strict_turns_a_fallback_into_an_error() -> None:
 def test_a_budget_below_the_experts_is_reported() -> None:
     model = GroupedMoe()
     assert compiled_blocks(model, tokens(4), expert_memory="50%") == 1
-    assert "all stay resident" in str(moecc.report(model))
+    assert "load the model with moecc.load" in str(moecc.report(model))
 
 
 def test_other_backends_see_what_they_always_saw() -> None:

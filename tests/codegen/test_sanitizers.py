@@ -38,6 +38,8 @@ FLOATS = [
     ("dbrx", torch.bfloat16),
     ("first-transposed", torch.float16),
     ("split", torch.bfloat16),
+    ("st-moe", torch.float32),
+    ("swish", torch.bfloat16),
 ]
 """Each style and each dtype."""
 
