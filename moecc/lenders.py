@@ -7,6 +7,7 @@ from torch import nn
 
 from moecc.runtime.modules import named_modules, parameters_of
 from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, lender_of
 
@@ -17,7 +18,9 @@ class ExpertsReport:
 
     blocks: tuple[dict[str, Any], ...]
     """path, home (`memory` or `disk`), schemes, experts, slots, slot_bytes, requests, asked, hits,
-    misses, late, predicted, useful, wait_seconds"""
+    misses, late, predicted, useful, wait_seconds; and of guesses, None before the first: recall (of
+    the experts asked for, those among the first k guessed), wide_recall (among all that were
+    guessed), whole (requests whose experts were all among the first k)"""
     memory_bytes: int
     """Of all slots."""
     total_bytes: int
@@ -77,7 +80,7 @@ def _block(path: str, lender: Lender) -> dict[str, Any]:
         slots, experts, size = lender.pool.slots, lender.store.experts, lender.store.layout.size
         counted = asdict(counts)
         asked = counted.pop("experts")
-        numbers = counted | {"asked": asked, "misses": counts.misses}
+        numbers = counted | {"asked": asked, "misses": counts.misses} | _accuracy(lender.guesses)
         return (
             plain
             | {"home": "disk", "experts": experts, "slots": slots, "slot_bytes": size}
@@ -86,8 +89,18 @@ def _block(path: str, lender: Lender) -> dict[str, Any]:
     assert isinstance(lender, Resident)
     experts = len(lender.slots)
     size = sum(tensor[0].nbytes for tensor in lender.tensors.values())
-    numbers = dict.fromkeys(
+    numbers: dict[str, Any] = dict.fromkeys(
         ("requests", "asked", "hits", "misses", "late", "predicted", "useful", "wait_seconds"), 0
     )
+    numbers |= dict.fromkeys(("recall", "wide_recall", "whole"))
     place = {"home": "memory", "experts": experts, "slots": experts, "slot_bytes": size}
     return plain | place | numbers
+
+
+def _accuracy(guesses: Guesses) -> dict[str, float | None]:
+    asked, made = guesses.asked or None, guesses.made or None
+    return {
+        "recall": asked and guesses.right / asked,
+        "wide_recall": asked and guesses.wide / asked,
+        "whole": made and guesses.whole / made,
+    }

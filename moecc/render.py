@@ -44,15 +44,16 @@ def print_report(report: Report, console: Console) -> None:
 def print_experts(experts: ExpertsReport, console: Console) -> None:
     """Print where experts live and how often they were there when asked for."""
     table = Table("experts of", "schemes", box=None, pad_edge=False)
-    for name in ("slots", "MB", "asked", "hits", "late", "misses", "waited"):
+    for name in ("slots", "MB", "asked", "hits", "late", "misses", "guessed", "waited"):
         table.add_column(name, justify="right")
     for block in experts.blocks:
         rate = f"{block['hits'] / block['asked']:.1%}" if block["asked"] else "–"
         slots = f"{block['slots']}/{block['experts']}"
         size = f"{block['slots'] * block['slot_bytes'] / 1e6:.1f}"
         counts = (block["asked"], rate, block["late"], block["misses"])
-        waited = f"{block['wait_seconds']:.2f} s"
-        table.add_row(block["path"], block["schemes"] or "", slots, size, *map(str, counts), waited)
+        guessed = "–" if block["recall"] is None else f"{block['recall']:.0%}"
+        cells = (slots, size, *map(str, counts), guessed, f"{block['wait_seconds']:.2f} s")
+        table.add_row(block["path"], block["schemes"] or "", *cells)
     console.print(table)
     console.print(
         f"{experts.memory_bytes / 1e6:,.1f} of {experts.total_bytes / 1e6:,.1f} MB of experts in "

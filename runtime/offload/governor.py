@@ -30,7 +30,6 @@ class Governor:
     window: float | None = None
     """Between a guess and the demand; None before the first."""
     regret: float = 0.0
-    observed: int = 0
 
     def worth(self, ranks: int, read: float, busy: float) -> list[bool]:
         """Tell for each rank whether to read what is guessed, given a read's time."""
@@ -49,7 +48,6 @@ class Governor:
             self.precision[rank] += _WEIGHT * (true - self.precision[rank])
         before = window if self.window is None else self.window
         self.window = before + _WEIGHT * (window - before)
-        self.observed += 1
 
     def driven_out(self, missed: bool) -> None:
         """Count an expert that a guess drove out: it was asked for soon, or left for good."""

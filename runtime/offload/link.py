@@ -29,7 +29,7 @@ class Link:
         if self._state.closed:
             self._begin_anew([])
         state = self._state
-        with state.changed:
+        with state.lock:
             start_readers(state, self._readers)
             if not state.loads:
                 state.since = time.perf_counter()
@@ -38,7 +38,7 @@ class Link:
 
     def promote(self, load: Load) -> None:
         """Let a load overtake those that are only predicted."""
-        with self._state.changed:
+        with self._state.lock:
             load.priority = DEMAND
 
     def wait(self, load: Load) -> None:
@@ -46,12 +46,8 @@ class Link:
 
         Raises `StoreError` naming file and expert if it failed.
         """
-        state = self._state
-        with state.changed:
-            load.priority = DEMAND
-            while not load.done:
-                start_readers(state, self._readers)
-                state.changed.wait(timeout=1.0)
+        self.promote(load)
+        self._wait_for_end(load)
         if load.error is not None:
             raise load.error
         if load.cancelled:
@@ -60,11 +56,20 @@ class Link:
     def cancel(self, load: Load) -> None:
         """Stop a load that nobody needs; when this returns, nobody writes to its record."""
         state = self._state
-        with state.changed:
+        with state.lock:
             load.stop()
-            while not load.done:
-                state.changed.wait(timeout=1.0)
+        self._wait_for_end(load)
+        with state.lock:
             remove(state, load)
+
+    def _wait_for_end(self, load: Load) -> None:
+        """Wait without a condition: an interrupt must not leave a lock taken."""
+        while not load.done:
+            with self._state.lock:
+                if not load.done:
+                    start_readers(self._state, self._readers)
+            if load.arrival.acquire(timeout=1.0):
+                load.arrival.release()
 
     def close(self) -> None:
         """Stop the readers and close the files; loads on their way are cancelled.
@@ -82,7 +87,7 @@ class Link:
     def bandwidth(self) -> float | None:
         """Bytes a second while something was being read; None before the first load."""
         state = self._state
-        with state.changed:
+        with state.lock:
             running = time.perf_counter() - state.since if state.loads else 0.0
             seconds = state.seconds + running
             return state.bytes / seconds if state.bytes else None
@@ -90,7 +95,7 @@ class Link:
     def busy(self) -> float:
         """Share of the latest time in which something was being read."""
         state = self._state
-        with state.changed:
+        with state.lock:
             now = time.perf_counter()
             total = state.seconds + (now - state.since if state.loads else 0.0)
             elapsed = now - state.polled

@@ -1,5 +1,6 @@
 """Follow one expert on its way into a slot, chunk by chunk."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -29,12 +30,15 @@ class Load:
     done: bool = False
     """Its bytes are there, or it failed, or was cancelled."""
     cancelled: bool = False
+    arrival: threading.Lock = field(default_factory=threading.Lock)
+    """Held until it is done: whoever waits tries to take it."""
     _left: list[Chunk] = field(default_factory=list[Chunk])
     _active: int = 0
     _again: bool = False
     """It was read twice because of its checksum."""
 
     def __post_init__(self) -> None:
+        self.arrival.acquire()
         self.restart()
 
     @property
@@ -73,7 +77,14 @@ class Load:
         """Drop the chunks that nobody reads yet."""
         self.cancelled = True
         self._left.clear()
-        self.done = self.done or not self._active
+        if not self._active:
+            self.end()
+
+    def end(self) -> None:
+        """Be done, and let those go on that wait for it."""
+        self.done = True
+        if self.arrival.locked():
+            self.arrival.release()
 
     def wants_again(self) -> bool:
         """Tell, once, that the whole record may be read a second time."""

@@ -19,7 +19,10 @@ class State:
     """What readers share; they do not keep the link itself alive."""
 
     files: Files = field(default_factory=Files)
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """What callers take: a condition is entered in Python, where interrupts leave it taken."""
+    changed: threading.Condition = field(init=False)
+    """Of the same lock; only readers wait for it, and they are never interrupted."""
     loads: list[Load] = field(default_factory=list[Load])
     threads: list[threading.Thread] = field(default_factory=list[threading.Thread])
     closed: bool = False
@@ -34,6 +37,9 @@ class State:
     polled: float = field(default_factory=time.perf_counter)
     busy_then: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.changed = threading.Condition(self.lock)
+
 
 def start_readers(state: State, readers: int) -> None:
     """Replace readers that are missing; one is enough to go on with."""
@@ -41,13 +47,15 @@ def start_readers(state: State, readers: int) -> None:
     while len(state.threads) < readers and not state.closed:
         name = f"moecc-reader-{len(state.threads)}"
         thread = threading.Thread(target=_work, args=(state,), name=name, daemon=True)
+        state.threads.append(thread)  # before it starts: an interrupt must not lose a thread
         try:
             thread.start()
-        except RuntimeError:  # the system has no more threads
-            if not state.threads:
-                raise
-            return
-        state.threads.append(thread)
+        except BaseException as error:
+            if thread.ident is None:
+                state.threads.remove(thread)
+            if isinstance(error, RuntimeError) and state.threads:
+                return  # the system has no more threads; those that there are go on
+            raise
 
 
 def _work(state: State) -> None:
@@ -94,8 +102,8 @@ def _finish(state: State, load: Load, chunk: Chunk, error: Exception | None):
         if again and not load.cancelled:
             load.restart()
         else:
-            load.done = True
             remove(state, load)
+            load.end()
         state.changed.notify_all()
 
 
@@ -147,7 +155,7 @@ def remove(state: State, load: Load) -> None:
 
 def close(state: State) -> None:
     """Cancel what is on its way, and let the readers go."""
-    with state.changed:
+    with state.lock:
         state.closed = True
         for load in state.loads:
             load.stop()

@@ -66,10 +66,6 @@ class Layout:
         last = self.parts[-1]
         return up_to(last.offset + last.size, PAGE)
 
-    def part(self, name: str) -> Part | None:
-        """Look a part up by name."""
-        return next((one for one in self.parts if one.name == name), None)
-
     def tensors(self, records: torch.Tensor) -> dict[str, torch.Tensor]:
         """See records, uint8 [slots, size], as tensors [slots, *shape] by name."""
         seen: dict[str, torch.Tensor] = {}

@@ -8,7 +8,6 @@ import errno
 import os
 import threading
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,8 +171,3 @@ def bytes_of(memory: torch.Tensor) -> memoryview:
     """See contiguous uint8 memory as a buffer to read into."""
     array: Any = memory.numpy()
     return memoryview(array)
-
-
-def total(reads: Sequence[Read]) -> int:
-    """Add up the bytes of some reads."""
-    return sum(read.length for read in reads)
