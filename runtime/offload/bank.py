@@ -31,7 +31,7 @@ WIDEN = 2
 """Guesses are ranked this many times as far as top-k, for those that just missed it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bank:
     """The experts of one block: on disk, and in the slots of a pool."""
 
