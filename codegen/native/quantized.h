@@ -32,12 +32,9 @@ static INLINE vi dot16(vi sums, vi codes, int32_t x) {
 static INLINE vi fold16(vi sums) {
   return vi(_mm256_madd_epi16(__m256i(sums), _mm256_set1_epi16(1)));
 }
-// Signed codes down to -127: the sign goes to the other side, whose products then fit.
-static INLINE vi dot_signed(vi sums, vi codes, int32_t x) {
-  __m256i size = _mm256_abs_epi8(__m256i(codes));
-  __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32(x), __m256i(codes));
-  __m256i pairs = _mm256_maddubs_epi16(size, turned);
-  return sums + vi(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// Signed codes in words of 16 bits: two columns a step, and no product too large for them.
+static INLINE vi dot_words(vi sums, vi codes, int32_t x) {
+  return sums + vi(_mm256_madd_epi16(__m256i(codes), _mm256_set1_epi32(x)));
 }
 #endif
 // One step for any CPU: four bytes of a lane at a time.
@@ -52,30 +49,37 @@ static INLINE vi dot_plainly(vi sums, vi codes, int32_t x) {
   return sums;
 }
 
-// How codes become bytes to multiply by, and what they stand for: (byte - OFFSET) * scale.
+// How codes become factors, and what they stand for: (factor - OFFSET) * scale. A step multiplies four
+// bytes of each lane by as many inputs, or two words.
 struct Int8 {
   static constexpr int COLUMNS = 4;  // of a line
-  static constexpr bool ZEROS = false, PER_ROW = true, HIGH_LINE = false;
+  static constexpr bool ZEROS = false, PER_ROW = true, HIGH_LINE = false, FOLDS = false;
 #if defined(MOECC_VNNI)
+  using Input = int8_t;
   static constexpr int OFFSET = 128;
-  static INLINE vi bytes(vi line, int) { return line ^ int32_t(0x80808080); }
+  static INLINE vi factors(vi line, int) { return line ^ int32_t(0x80808080); }
   static INLINE vi step(vi sums, vi codes, int32_t x) { return dot(sums, codes, x); }
-#else
+#elif defined(MOECC_AVX2)
+  using Input = int16_t;
   static constexpr int OFFSET = 0;
-  static INLINE vi bytes(vi line, int) { return line; }
-#if defined(MOECC_AVX2)
-  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot_signed(sums, codes, x); }
+  static INLINE vi factors(vi line, int odd) {  // columns 0 and 2 of each four, or 1 and 3
+    __m256i words = __m256i(line);
+    return vi(_mm256_srai_epi16(odd ? words : _mm256_slli_epi16(words, 8), 8));
+  }
+  static INLINE vi step(vi sums, vi codes, int32_t x) { return dot_words(sums, codes, x); }
 #else
+  using Input = int8_t;
+  static constexpr int OFFSET = 0;
+  static INLINE vi factors(vi line, int) { return line; }
   static INLINE vi step(vi sums, vi codes, int32_t x) { return dot_plainly<true>(sums, codes, x); }
 #endif
-#endif
-  static INLINE vi fold(vi sums) { return sums; }
 };
 
 // Codes below 32, `BITS` of them in each byte of a line (of 3-bit codes the lower two: the third of 32
 // columns have a line of their own).
 template <int BITS>
 struct Narrow {
+  using Input = int8_t;
   static constexpr int LOW = BITS == 3 ? 2 : BITS;
   static constexpr int COLUMNS = 4 * 8 / LOW;
   static constexpr bool PER_ROW = false, HIGH_LINE = BITS == 3;
@@ -83,14 +87,14 @@ struct Narrow {
     return (part ? line >> LOW * part : line) & (LOW == 4 ? 0x0f0f0f0f : 0x03030303);
   }
 #if defined(MOECC_VNNI)
+  static constexpr bool FOLDS = false;
   static INLINE vi step(vi sums, vi codes, int32_t x) { return dot(sums, codes, x); }
-  static INLINE vi fold(vi sums) { return sums; }
 #elif defined(MOECC_AVX2)
+  static constexpr bool FOLDS = true;  // sums of 32 columns are kept in 16 bits
   static INLINE vi step(vi sums, vi codes, int32_t x) { return dot16(sums, codes, x); }
-  static INLINE vi fold(vi sums) { return fold16(sums); }
 #else
+  static constexpr bool FOLDS = false;
   static INLINE vi step(vi sums, vi codes, int32_t x) { return dot_plainly<false>(sums, codes, x); }
-  static INLINE vi fold(vi sums) { return sums; }
 #endif
 };
 
@@ -99,13 +103,13 @@ template <int BITS, bool HAS_ZEROS>
 struct Grouped : Narrow<BITS> {
   static constexpr bool ZEROS = HAS_ZEROS;
   static constexpr int OFFSET = ZEROS ? 0 : 1 << (BITS - 1);
-  static INLINE vi bytes(vi line, int part) { return Narrow<BITS>::low(line, part); }
+  static INLINE vi factors(vi line, int part) { return Narrow<BITS>::low(line, part); }
 };
 
 struct Mxfp4 : Narrow<4> {  // e2m1: sign and one of eight magnitudes, doubled to be whole
   static constexpr bool ZEROS = false;
   static constexpr int OFFSET = 12;
-  static INLINE vi bytes(vi line, int part) {
+  static INLINE vi factors(vi line, int part) {
     vi codes = low(line, part);
 #if defined(MOECC_AVX512)
     const __m128i four = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
@@ -154,12 +158,13 @@ struct Powers {  // e8m0; halved, because magnitudes are doubled
 // BLOCK columns share an activation's scale, and a weight's unless rows have one each.
 template <class Code, class Scale, int BLOCK, int ROWS>
 struct Quantized {
-  using Input = int8_t;
+  using Input = typename Code::Input;
   struct Header { float scale; int32_t sum; };  // before the BLOCK values of a line
   static constexpr int LENGTH = BLOCK;
-  static constexpr int UNITS = BLOCK + int(sizeof(Header));
+  static constexpr int HEAD = int(sizeof(Header) / sizeof(Input)), UNITS = HEAD + BLOCK;
+  static constexpr int STEP = int(4 / sizeof(Input));  // columns
   static constexpr int PANEL = ROWS;
-  static constexpr int TILE_TOKENS = REGISTERS == 32 ? 8 : 4;
+  static constexpr int TILE_TOKENS = REGISTERS == 32 ? 8 : VECTORS == 2 ? 6 : 4;
   static_assert(BLOCK % 32 == 0 && ROWS % PANEL_ROWS == 0);
 
   static INLINE void pack(const float* line, Input* packed) {
@@ -173,7 +178,7 @@ struct Quantized {
     Header header = {finite ? most / 127 : __builtin_nanf(""), 0};
     for (int i = 0; i < BLOCK; ++i) {
       int value = finite ? int(__builtin_nearbyintf(line[i] * inverse)) : 0;
-      packed[sizeof header + i] = Input(value);
+      packed[HEAD + place(i)] = Input(value);
       header.sum += value;
     }
     memcpy(packed, &header, sizeof header);
@@ -211,6 +216,8 @@ struct Quantized {
 
  private:
   static Header header(const Input* line) { return load_as<Header>(line); }
+  // Where a column's input lies: words are in the order 0, 2, 1, 3 of each four.
+  static constexpr int place(int i) { return STEP == 4 ? i : (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
 
   template <int TOKENS>
   static void tile(const uint8_t* panel, const uint8_t* after, int64_t blocks, const Input* const* x, float* out,
@@ -228,33 +235,36 @@ struct Quantized {
       for (int t = 0; t < TOKENS; ++t) {
         inputs[t] = x[t] + b * UNITS;
         int32_t start = Code::OFFSET ? -Code::OFFSET * header(inputs[t]).sum : 0;
-        inputs[t] += sizeof(Header);
+        inputs[t] += HEAD;
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) whole[t][v] = start - vi{};
       }
       for (int part = 0; part < BLOCK; part += 32) {
         vi narrow[TOKENS][VECTORS] = {};
+        vi(&into)[TOKENS][VECTORS] = Code::FOLDS ? narrow : whole;
         const uint8_t* high = line + 64 * (32 / Code::COLUMNS);
 #pragma GCC unroll 8
         for (int column = 0; column < 32; column += Code::COLUMNS, line += 64) {
           __builtin_prefetch(line + ahead, 0, 2);
-          steps<TOKENS>(narrow, line, high, inputs, part, column);
+          steps<TOKENS>(into, line, high, inputs, part, column);
         }
         if (Code::HIGH_LINE) {
           __builtin_prefetch(line + ahead, 0, 2);
           line += 64;
         }
+        if constexpr (Code::FOLDS) {
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t)
+          for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v) whole[t][v] += Code::fold(narrow[t][v]);
+            for (int v = 0; v < VECTORS; ++v) whole[t][v] += fold16(narrow[t][v]);
+        }
       }
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
         vf one = Scale::read(scale, v);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
-          Header head = header(inputs[t] - sizeof(Header));
+          Header head = header(inputs[t] - HEAD);
           vf value = __builtin_convertvector(whole[t][v], vf);
           sums[t][v] = fma(value, one * splat(head.scale), sums[t][v]);
           if (Code::ZEROS) {
@@ -272,23 +282,28 @@ struct Quantized {
       for (int v = 0; v < VECTORS; ++v) store(out + t * width + v * LANES, sums[t][v]);
   }
 
+  // Sums are kept where they are: compilers would rather store products and add them up later.
   template <int TOKENS>
   static INLINE void steps(vi (&sums)[TOKENS][VECTORS], const uint8_t* line, const uint8_t* high,
                            const Input* const* x, int part, int column) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-      vi codes = load_as<vi>(line + v * 4 * LANES);
+    for (int i = 0; i < Code::COLUMNS / STEP; ++i) {
+      vi factors[VECTORS];
 #pragma GCC unroll 4
-      for (int four = 0; four < Code::COLUMNS / 4; ++four) {
-        vi bytes = Code::bytes(codes, four);
+      for (int v = 0; v < VECTORS; ++v) {
+        factors[v] = Code::factors(load_as<vi>(line + v * 4 * LANES), i);
         if constexpr (Code::HIGH_LINE) {
-          vi thirds = load_as<vi>(high + v * 4 * LANES) >> (column / 4 + four);
-          bytes |= (thirds & 0x01010101) << 2;
+          vi thirds = load_as<vi>(high + v * 4 * LANES) >> (column / 4 + i);
+          factors[v] |= (thirds & 0x01010101) << 2;
         }
-        bytes = keep(bytes);
+        factors[v] = keep(factors[v]);
+      }
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t)
-          sums[t][v] = Code::step(sums[t][v], bytes, load_as<int32_t>(x[t] + part + column + 4 * four));
+      for (int t = 0; t < TOKENS; ++t) {
+        int32_t inputs = load_as<int32_t>(x[t] + part + column + STEP * i);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+          sums[t][v] = keep(Code::step(sums[t][v], factors[v], inputs));
       }
     }
   }
