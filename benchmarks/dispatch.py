@@ -87,7 +87,7 @@ def _measure() -> Dispatch:
 def _calls(count: int) -> Callable[..., torch.Tensor]:
     def run(hidden: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         for _ in range(count):
-            hidden = torch.ops.moecc.experts(hidden, *others, None, None, None, SPEC.key)
+            hidden = torch.ops.moecc.experts(hidden, *others, *[None] * 4, SPEC.key)
         return hidden
 
     return run

@@ -2,14 +2,17 @@
 
     python -m benchmarks.kernels --shape qwen3-30b-a3b --kind bf16,int8,int4 --tokens 1,8,64,512
 
-The floor is the larger of the active experts' bytes over the measured read bandwidth and the FLOPs
-over the measured float32 product rate; integer products can go below it. transformers' contenders
-are its eager ones at the same dtype, beside low-bit kernels at bf16. llama.cpp's kernels are
-`benchmarks/ggml.py` (`pip install libggml-python`), without its repacking of weights at load time.
+The floor is the larger of two times: that of a plain read of as many bytes as the active experts
+have, and that of as many FLOPs in float32 `torch.mm`; integer products can go below it. Both are
+timed in turn with the kernels, as what they get changes from minute to minute on a shared machine.
+transformers' contenders are its eager ones at the same dtype, beside low-bit kernels at bf16.
+llama.cpp's kernels are `benchmarks/ggml.py` (`pip install libggml-python`), without its repacking
+of weights at load time.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +26,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks import dispatch, ggml, roofline
 from benchmarks.layer import DTYPES, SHAPES, make_layer, peers
-from benchmarks.timing import alternate, machine, narrow_to, product_rate, read_bandwidth, table
+from benchmarks.timing import (
+    PRODUCT,
+    alternate,
+    machine,
+    narrow_to,
+    plain_product,
+    plain_read,
+    table,
+)
 from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.native.emit import emit
 from moecc.codegen.spec import KernelSpec
@@ -62,6 +73,10 @@ class Row:
     """Of the active experts, as this contender stores them."""
     gigaflops: float
     """Floating-point operations, in units of 10^9: not a rate."""
+    bandwidth: float
+    """Bytes a second of a plain read of so many, timed in turn with this."""
+    product_rate: float
+    """Floating-point operations a second of `torch.mm`, timed in turn with this."""
     of_bandwidth: float
     """Bytes of active experts over the time, of what a plain read gets."""
     of_products: float
@@ -83,18 +98,18 @@ def main() -> None:
     narrow_to(arguments.isa)
     if arguments.plot:
         roofline.require()
-    bandwidth, rate = read_bandwidth(), product_rate()
     print(machine())
-    print(f"reads {bandwidth / 1e9:.1f} GB/s, float32 products {rate / 1e9:.0f} GFLOP/s")
     call = dispatch.measure()
     print(dispatch.describe(call))
     if not ggml.installed():
         print("llama.cpp is not here: pip install libggml-python")
     rows: list[Row] = []
     record: dict[str, object] = {"machine": machine(), "shape": arguments.shape}
-    record |= {"bandwidth": bandwidth, "product_rate": rate, "dispatch_microseconds": call.cost}
+    record["dispatch_microseconds"] = call.cost
     for kind in arguments.kind.split(","):
-        rows += measure(kind, arguments, bandwidth, rate)
+        rows += measure(kind, arguments)
+        for roof in ("bandwidth", "product_rate"):
+            record[roof] = statistics.median(getattr(row, roof) for row in rows)
         record["results"] = [asdict(row) for row in rows]
         if arguments.json:
             arguments.json.write_text(json.dumps(record, indent=2) + "\n")
@@ -102,9 +117,7 @@ def main() -> None:
             roofline.draw(record, arguments.plot)
 
 
-def measure(
-    kind: str, arguments: argparse.Namespace, bandwidth: float, rate: float
-) -> Iterator[Row]:
+def measure(kind: str, arguments: argparse.Namespace) -> Iterator[Row]:
     """Time all contenders at one number of bits, and print the table."""
     shape = SHAPES[arguments.shape]
     weights = random_weights(shape)
@@ -129,7 +142,10 @@ def measure(
             contenders[f"ggml {ggml.NAMES[kind]}"] = Contender(run=graph, size=ours.size)
         kernels = [*contenders]  # of these also the time with a busy process beside
         contenders |= transformers_peers(layer, tokens)
+        active = sum(ids.unique().numel() for _, ids, _ in batches) / INPUTS
+        flops = 6 * tokens * shape["active"] * shape["hidden"] * shape["intermediate"]
         timed = {name: _on(batches, one.run) for name, one in contenders.items()}
+        timed |= {"read": plain_read(int(active * ours.size)), "mm": plain_product()}
         with torch.inference_mode():
             times = alternate(timed, seconds=arguments.seconds, most=MOST, between=settle)
             busy: dict[str, float] = {}
@@ -137,11 +153,10 @@ def measure(
                 beside = {name: timed[name] for name in kernels}
                 with busy_process():
                     busy = alternate(beside, seconds=arguments.seconds, most=MOST, between=settle)
-        active = sum(ids.unique().numel() for _, ids, _ in batches) / INPUTS
-        flops = 6 * tokens * shape["active"] * shape["hidden"] * shape["intermediate"]
-        floor = max(active * ours.size / bandwidth, flops / rate)
-        for name, took in times.items():
-            read = active * contenders[name].size
+        bandwidth, rate = active * ours.size / times["read"], PRODUCT / times["mm"]
+        floor = max(times["read"], flops / rate)
+        for name, one in contenders.items():
+            took, read = times[name], active * one.size
             row = Row(
                 contender=name,
                 kind=kind,
@@ -151,6 +166,8 @@ def measure(
                 floor_milliseconds=floor * 1e3,
                 gigabytes=read / 1e9,
                 gigaflops=flops / 1e9,
+                bandwidth=bandwidth,
+                product_rate=rate,
                 of_bandwidth=read / took / bandwidth,
                 of_products=flops / took / rate,
             )
@@ -159,6 +176,8 @@ def measure(
             if busy:
                 lines[-1].append(f"{busy[name] / took:.2f}x" if name in busy else "")
             yield row
+        roofs = [f"{bandwidth / 1e9:.1f} GB/s", f"{rate / 1e9:.0f} GFLOP/s"]
+        lines.append([f"T={tokens} roofs", "", "", *roofs, *([""] * arguments.busy)])
     print(table(lines), flush=True)
 
 

@@ -1,5 +1,6 @@
 """Time contenders against each other on one machine, in one run."""
 
+import functools
 import os
 import platform
 import statistics
@@ -81,17 +82,43 @@ def alternate(
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+PRODUCT = 2 * 2048**3
+"""Floating-point operations of `plain_product`."""
+
+
+def plain_read(size: int) -> Callable[[int], object]:
+    """Read so many bytes of memory with all threads: other ones each call, of 1 GiB."""
+    block = _block()
+
+    def read(number: int) -> None:
+        left, start = size // 4, number * (size // 4) % block.numel()
+        while left > 0:
+            part = block[start : start + left]
+            part.sum()
+            left, start = left - part.numel(), 0
+
+    return read
+
+
+def plain_product() -> Callable[[int], object]:
+    """Multiply float32 matrices, 2048^3, with `torch.mm`."""
+    a, b = torch.randn(2, 2048, 2048)
+    return lambda _: a @ b
+
+
 def read_bandwidth() -> float:
     """Measure bytes a second of reading memory with all threads."""
-    block = torch.ones(1 << 28)
-    call = {"sum": lambda _: block.sum()}
-    return block.nbytes / alternate(call, seconds=1.0)["sum"]
+    return 2**30 / alternate({"read": plain_read(2**30)}, seconds=1.0)["read"]
 
 
 def product_rate() -> float:
-    """Measure floating-point operations a second of a 2048^3 float32 `torch.mm`."""
-    a, b = torch.randn(2, 2048, 2048)
-    return 2 * 2048**3 / alternate({"mm": lambda _: a @ b}, seconds=1.0)["mm"]
+    """Measure floating-point operations a second of `plain_product`."""
+    return PRODUCT / alternate({"mm": plain_product()}, seconds=1.0)["mm"]
+
+
+@functools.cache
+def _block() -> torch.Tensor:
+    return torch.ones(1 << 28)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
