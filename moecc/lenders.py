@@ -1,5 +1,7 @@
 """Find what lends a model its experts, and tell where they live and how the cache did."""
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ from moecc.runtime.modules import named_modules, parameters_of
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.resident import Resident
-from moecc.runtime.offload.stand_in import Lender, lender_of
+from moecc.runtime.offload.stand_in import Lender, bind, lender_of
 from moecc.runtime.offload.trace import Counts
 
 
@@ -56,6 +58,25 @@ def lenders_of(model: nn.Module) -> list[tuple[str, Lender]]:
 def banks_of(model: nn.Module) -> list[Bank]:
     """List the banks behind a model's experts, in the order of its layers."""
     return [lender for _, lender in lenders_of(model) if isinstance(lender, Bank)]
+
+
+@contextmanager
+def bound_to(model: nn.Module, wrap: Callable[[Bank], Lender]) -> Generator[None]:
+    """Let a model ask other lenders inside, each made of a bank, as it asked that before."""
+    bound = [
+        (parameter, lender)
+        for _, module in named_modules(model)
+        for parameter in parameters_of(module).values()
+        if parameter is not None and isinstance(lender := lender_of(parameter), Bank)
+    ]
+    lenders = {id(bank): wrap(bank) for _, bank in bound}
+    try:
+        for parameter, bank in bound:
+            bind(parameter, lenders[id(bank)])
+        yield
+    finally:
+        for parameter, bank in bound:
+            bind(parameter, bank)
 
 
 def report_experts(model: nn.Module) -> ExpertsReport | None:

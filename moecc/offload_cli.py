@@ -109,3 +109,75 @@ def replay(
         replaying.print_replayed(shown, Console())
     if not shown.agrees:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples: [b]moecc profile benchmarks/reference -o here.toml[/b] · "
+    "[b]moecc replay t.jsonl --memory 25% --profile here.toml[/b]"
+)
+def profile(
+    model: Checkpoint,
+    output: Output,
+    prompt: Prompt = "In the beginning God created the heaven and the earth.",
+    new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", min=8)] = 32,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine with MODEL: its disk, its kernels and what a token takes beside them.
+
+    All experts have to fit in memory for that. The machine should have nothing else to do.
+    """
+    from dataclasses import asdict
+
+    from moecc import profiling
+
+    made = profiling.run(model, prompt, new_tokens, output, dtype, quiet=as_json)
+    typer.echo(json.dumps(asdict(made), indent=2) if as_json else output.read_text(), nl=as_json)
+
+
+@app.command(
+    epilog="Examples: [b]moecc plan CHECKPOINT --memory 8GiB[/b] · "
+    "[b]moecc plan deepseek_v3 --full --memory 10% --quantize int4[/b] · "
+    "[b]moecc plan CHECKPOINT --memory 25% --trace t.jsonl --profile here.toml[/b]"
+)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint folder, a hub id, a transformers model type or file.py:factory.",
+            show_default=False,
+        ),
+    ],
+    memory: Annotated[str, typer.Option(help="For experts, as 8GiB or 25%.", show_default=False)],
+    full: Annotated[
+        bool,
+        typer.Option(
+            help="Of a model type, the size of its default configuration, not a tiny one."
+        ),
+    ] = False,
+    quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
+    trace: Annotated[
+        str, typer.Option(help="A file of moecc trace: slots go where they are hit most.")
+    ] = "",
+    profile: Annotated[
+        str, typer.Option(help="Hardware: files of moecc profile, or names.")
+    ] = "a100-pcie4,h100-pcie5,rtx4090",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Tell how many experts of each block fit, and how fast MODEL would decode.
+
+    No weight is read: the model is made on the meta device.
+    """
+    from moecc import planning
+    from moecc.passes.options import parse_memory
+    from moecc.runtime.offload import profile as profiles
+
+    budget = parse_memory(memory)
+    assert budget is not None
+    machines = [profiles.read(name) for name in profile.split(",")]
+    made = planning.run(model, budget, machines, quantize or None, trace or None, dtype, full)
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=2))
+    else:
+        planning.print_plan(made, Console())

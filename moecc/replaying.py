@@ -175,20 +175,23 @@ def _check(option: str, given: Iterable[str], allowed: Sequence[str]) -> None:
 
 def print_replayed(shown: Replayed, console: Console) -> None:
     """Print a line for each setting, and whether the run's own gives what its engine counted."""
-    table = Table("memory", "policy", "predictions", box=None, pad_edge=False)
     timed = shown.profile is not None
-    parts = ("tokens/s", "experts", "model", "overhead", "demand wait", "prefetch wait")
-    for name in ("slots", "hits", "misses", "predicted", "MB read", *(parts if timed else ())):
+    table = Table("memory", "policy", "predict", box=None, pad_edge=False)
+    counted = ("misses", "predicted", "MB read")
+    told = ("tokens/s", "compute", "demand wait", "prefetch wait")
+    for name in ("slots", "hits", *(told if timed else counted)):
         table.add_column(name, justify="right")
     for row in (shown.own, *shown.rows):
         least, most = min(row.slots), max(row.slots)
         slots = str(least) if least == most else f"{least}–{most}"
         cells = [row.memory, row.policy, row.predictions, slots, f"{row.hit_rate:.1%}"]
-        cells += [str(row.misses), str(row.predicted), f"{row.read_bytes / 1e6:,.1f}"]
-        if row.simulated is not None:
-            total = row.simulated.decode.total or 1.0
-            cells.append(f"{row.simulated.decode_rate:.1f}")
-            cells += [f"{part / total:.0%}" for part in asdict(row.simulated.decode).values()]
+        if row.simulated is None:
+            cells += [str(row.misses), str(row.predicted), f"{row.read_bytes / 1e6:,.1f}"]
+        else:
+            decode, total = row.simulated.decode, row.simulated.decode.total or 1.0
+            waits = decode.demand_wait, decode.prefetch_wait
+            shares = ((total - sum(waits)) / total, *(one / total for one in waits))
+            cells += [f"{row.simulated.decode_rate:.1f}", *(f"{share:.0%}" for share in shares)]
         table.add_row(*cells)
     console.print(table)
     if timed:

@@ -3,6 +3,7 @@
 Profiles are TOML files: those in `profiles/` by name, others by path. `moecc profile` measures one.
 """
 
+import json
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -50,6 +51,8 @@ class Profile:
     """A machine, or what is known of one."""
 
     name: str
+    tier: str
+    """Which memory holds the experts that compute, and what fills it."""
     source: str
     """Where the figures come from."""
     link: LinkSpeed
@@ -73,6 +76,7 @@ def read(name: str) -> Profile:
         known: dict[str, Any] = tomllib.loads(file.read_text())
         return Profile(
             name=known["name"],
+            tier=known["tier"],
             source=known["source"],
             link=LinkSpeed(**_numbers(known["link"], LinkSpeed)),
             compute=ComputeSpeed(**_numbers(known["compute"], ComputeSpeed)),
@@ -85,7 +89,8 @@ def read(name: str) -> Profile:
 
 def write(profile: Profile, file: Path) -> None:
     """Write a profile as TOML."""
-    lines = [f'name = "{profile.name}"', f'source = "{profile.source}"']
+    about = {"name": profile.name, "tier": profile.tier, "source": profile.source}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in about.items()]
     for part, numbers in (("link", profile.link), ("compute", profile.compute)):
         lines += ["", f"[{part}]"]
         lines += [f"{name} = {value:.4g}" for name, value in asdict(numbers).items()]

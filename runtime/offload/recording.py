@@ -50,6 +50,10 @@ class Recording:
         """List the events of one pool."""
         return [event for event in self.events if self.pool_of[block_of(event)] == number]
 
+    def of_block(self, number: int) -> list[Event]:
+        """List the events of one block."""
+        return [event for event in self.events if block_of(event) == number]
+
     def size_in(self, number: int) -> int:
         """Give the bytes of a record in a pool."""
         return self.blocks[self.pool_of.index(number)].size

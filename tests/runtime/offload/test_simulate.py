@@ -22,7 +22,7 @@ NOTHING = ComputeSpeed(
     bandwidth=1e30, balance=1, launch=0, call=0, layer=0, token=0, beside_reads=1
 )
 SLOW = Profile(
-    name="slow", source="made up", compute=NOTHING,
+    name="slow", tier="none", source="made up", compute=NOTHING,
     link=LinkSpeed(bandwidth=1e9, stream=1e9, latency=0),
 )  # fmt: skip
 
