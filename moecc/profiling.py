@@ -11,10 +11,9 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,74 +30,10 @@ from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.profile import ComputeSpeed, LinkSpeed, Profile, write
 from moecc.runtime.offload.record import new_records
-from moecc.runtime.ops import AddExpertsFn
-from moecc.runtime.schemes.scheme import Schemes
+from moecc.timed_bank import Call, TimedBank
 
 _BATCH = 16
 """Experts that are read at once while the link is timed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One call of a bank, in seconds."""
-
-    block: int
-    tokens: int
-    experts: int
-    start: float
-    end: float
-    kernels: tuple[float, ...]
-    """Each call of its kernel."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TimedBank:
-    """A bank that notes when it is called."""
-
-    bank: Bank
-    blocks: int
-    """Of the model."""
-    calls: list[Call]
-    """Of all banks, in order."""
-    schemes: Schemes | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "schemes", self.bank.schemes)
-
-    def run(
-        self,
-        add: AddExpertsFn,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        *biases: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Compute the block; one token's experts one by one in every second round."""
-        split = len(hidden) == 1 and len(self.calls) // self.blocks % 2 == 1
-        kernels: list[float] = []
-
-        def timed(onto: torch.Tensor, slots: torch.Tensor, *arguments: Any) -> None:
-            for table in _one_by_one(slots) if split else (slots,):
-                began = time.perf_counter()
-                add(onto, table, *arguments)
-                kernels.append(time.perf_counter() - began)
-
-        start = time.perf_counter()
-        out = self.bank.run(timed, hidden, ids, weights, *biases)
-        call = Call(
-            block=self.bank.number,
-            tokens=len(hidden),
-            experts=len(set(cast(list[int], ids.flatten().tolist()))),
-            start=start,
-            end=time.perf_counter(),
-            kernels=tuple(kernels),
-        )
-        self.calls.append(call)
-        return out
-
-    def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
-        """Pass a prediction on."""
-        self.bank.foretell(scores, active, distance)
 
 
 def run(name: str, prompt: str, new_tokens: int, output: Path, dtype: str, quiet: bool) -> Profile:
@@ -148,7 +83,7 @@ def _calls(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> list[Call
     calls: list[Call] = []
     blocks = len(banks_of(model))
     generate(model, prompt, 2)  # brings every expert of the prompt in
-    with bound_to(model, lambda bank: TimedBank(bank=bank, blocks=blocks, calls=calls)):
+    with bound_to(model, lambda bank: TimedBank(bank=bank, calls=calls, apart=blocks)):
         generate(model, prompt, new_tokens)
         calls.clear()
         generate(model, prompt, new_tokens)
@@ -160,22 +95,22 @@ def _compute_speed(
 ) -> ComputeSpeed:
     """Tell apart what calls took; `others` are bytes of weights between two blocks."""
     single = [call for call in calls if call.tokens == 1]
-    whole = statistics.median(call.kernels[0] for call in single if len(call.kernels) == 1)
+    whole = statistics.median(call.compute for call in single if len(call.kernels) == 1)
     one = statistics.median(
-        took for call in single if len(call.kernels) > 1 for took in call.kernels
+        call.compute / len(call.kernels) for call in single if len(call.kernels) > 1
     )
     active = max(call.experts for call in single)
     expert = (whole - one) / (active - 1) if active > 1 else whole
     bandwidth = banks[0].store.layout.size / expert
     prefill = [call for call in calls if call.tokens > 1]
     rows = statistics.median(call.tokens * active / call.experts for call in prefill)
-    each = statistics.median(sum(call.kernels) / call.experts for call in prefill)
+    each = statistics.median(call.compute / call.experts for call in prefill)
     layer, token = _gaps(calls, len(banks))
     return ComputeSpeed(
         bandwidth=bandwidth,
         balance=rows / max(1.0, each / expert),
         launch=max(0.0, one - expert),
-        call=statistics.median(call.end - call.start - sum(call.kernels) for call in single),
+        call=statistics.median(call.overhead for call in single),
         layer=max(0.0, layer - others / bandwidth),
         token=max(0.0, token - layer),
         beside_reads=slower,
@@ -195,16 +130,6 @@ def _gaps(calls: Sequence[Call], blocks: int) -> tuple[float, float]:
 def _token_seconds(calls: Sequence[Call]) -> float:
     starts = [call.start for call in calls if call.block == 0 and call.tokens == 1]
     return statistics.median(b - a for a, b in pairwise(starts))
-
-
-def _one_by_one(slots: torch.Tensor) -> list[torch.Tensor]:
-    """Split a table of experts' slots into tables of one expert each."""
-    tables: list[torch.Tensor] = []
-    for expert in cast(list[int], (slots >= 0).nonzero().flatten().tolist()):
-        table = torch.full_like(slots, -1)
-        table[expert] = slots[expert]
-        tables.append(table)
-    return tables
 
 
 def _link_speed(banks: Sequence[Bank]) -> LinkSpeed:
