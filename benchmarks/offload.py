@@ -206,11 +206,17 @@ def _bounds(
     """Say what Belady and perfect predictions would give, simulated and by bytes alone."""
     blocks = range(len(recording.blocks))
     oracle = simulate(recording, profile, [slots] * len(blocks), "belady", "perfect")
-    fewest = [replay(recording.of_block(number), slots, "belady") for number in blocks]
+    decoding = [
+        one for one in recording.events if isinstance(one, Request) and one.tokens <= MOST_TOKENS
+    ]
+    fewest = [
+        replay([one for one in decoding if one.block == number], slots, "belady")
+        for number in blocks
+    ]
     read = sum(
         one.misses * demand.size for one, demand in zip(fewest, recording.blocks, strict=True)
     )
-    steps = sum(isinstance(one, Request) and one.block == 0 for one in recording.events)
+    steps = sum(one.block == 0 for one in decoding)
     bound = min(whole, profile.link.bandwidth * steps / read)
     hit_rate = sum(one.hits for one in fewest) / sum(one.asked for one in fewest)
     return [

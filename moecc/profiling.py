@@ -1,16 +1,15 @@
 """Measure what a simulation needs to know of this machine: `moecc profile`.
 
-The link is timed with the engine's own readers, on a model's own files. How fast the model computes
-is seen while it generates with every expert in memory. In every second token experts are computed
-one by one: a kernel call of one expert and one of K tell a launch from an expert. One generation
-has reads beside it.
+How fast the model computes is seen while it generates with every expert in memory. In every second
+token experts are computed one by one: a kernel call of one expert and one of K tell a launch from
+an expert. Then it generates with slots for one token's experts only, so that the engine's own
+readers compete with its threads as they will: that gives the link's bandwidth, and how much slower
+everything computes beside reads and after them.
 """
 
 import statistics
-import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,14 @@ from moecc.models import load_tokenizer
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import Load
+from moecc.runtime.offload.policy import POLICIES
+from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.profile import ComputeSpeed, LinkSpeed, Profile, write
 from moecc.runtime.offload.record import new_records
 from moecc.timed_bank import Call, TimedBank
 
-_BATCH = 16
-"""Experts that are read at once while the link is timed."""
+_SECONDS = 0.1
+"""For which each block's experts are read one after another."""
 
 
 def run(name: str, prompt: str, new_tokens: int, output: Path, dtype: str, quiet: bool) -> Profile:
@@ -63,27 +64,37 @@ def measure(model: nn.Module, prompt: torch.Tensor, new_tokens: int, name: str) 
     `prompt` is [1, T] token ids.
     """
     banks = banks_of(model)
-    link = _link_speed(banks)
-    alone = _calls(model, prompt, new_tokens)
-    with _reading(banks):
-        beside = _calls(model, prompt, new_tokens)
-    slower = _token_seconds(beside) / _token_seconds(alone)
-    compute = _compute_speed(alone, banks, other_bytes(model) / len(banks), max(1.0, slower))
+    stream = statistics.median(_stream(bank) for bank in banks)
+    alone = _calls(model, prompt, new_tokens, banks, apart=len(banks))
+    link, active = Link(), max(call.experts for call in alone if call.tokens == 1)
+    few = [_with_slots(bank, min(active, bank.store.experts), link) for bank in banks]
+    lent = _calls(model, prompt, new_tokens, few)
+    bandwidth = link.bandwidth or stream  # there may be nothing to read
+    link.close()
     return Profile(
         name=name,
         tier="memory ← disk",
         source="measured by moecc profile",
-        link=link,
-        compute=compute,
+        link=LinkSpeed(bandwidth=bandwidth, stream=min(stream, bandwidth), latency=0.0),
+        compute=_compute_speed(alone, lent, banks, other_bytes(model) / len(banks)),
     )
 
 
-def _calls(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> list[Call]:
-    """Generate twice, and give the calls of the second time."""
+def _with_slots(bank: Bank, slots: int, link: Link) -> Bank:
+    pool = Pool(bank.store.layout, slots, POLICIES["lru"], link)
+    return Bank(number=bank.number, store=bank.store, pool=pool, schemes=bank.schemes)
+
+
+def _calls(
+    model: nn.Module, prompt: torch.Tensor, new_tokens: int, banks: Sequence[Bank], apart: int = 0
+) -> list[Call]:
+    """Generate twice through these banks, on demand, and give the calls of the second time."""
     calls: list[Call] = []
-    blocks = len(banks_of(model))
-    generate(model, prompt, 2)  # brings every expert of the prompt in
-    with bound_to(model, lambda bank: TimedBank(bank=bank, calls=calls, apart=blocks)):
+
+    def lender(bank: Bank) -> TimedBank:
+        return TimedBank(bank=banks[bank.number], calls=calls, apart=apart, foretells=False)
+
+    with bound_to(model, lender):
         generate(model, prompt, new_tokens)
         calls.clear()
         generate(model, prompt, new_tokens)
@@ -91,10 +102,10 @@ def _calls(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> list[Call
 
 
 def _compute_speed(
-    calls: Sequence[Call], banks: Sequence[Bank], others: float, slower: float
+    alone: Sequence[Call], lent: Sequence[Call], banks: Sequence[Bank], others: float
 ) -> ComputeSpeed:
     """Tell apart what calls took; `others` are bytes of weights between two blocks."""
-    single = [call for call in calls if call.tokens == 1]
+    single = [call for call in alone if call.tokens == 1]
     whole = statistics.median(call.compute for call in single if len(call.kernels) == 1)
     one = statistics.median(
         call.compute / len(call.kernels) for call in single if len(call.kernels) > 1
@@ -102,22 +113,28 @@ def _compute_speed(
     active = max(call.experts for call in single)
     expert = (whole - one) / (active - 1) if active > 1 else whole
     bandwidth = banks[0].store.layout.size / expert
-    prefill = [call for call in calls if call.tokens > 1]
+    prefill = [call for call in alone if call.tokens > 1]
     rows = statistics.median(call.tokens * active / call.experts for call in prefill)
     each = statistics.median(call.compute / call.experts for call in prefill)
-    layer, token = _gaps(calls, len(banks))
+    launch = max(0.0, one - expert)
+    disturbed = [call for call in lent if call.tokens == 1]
+    expected = sum(len(call.kernels) * launch + call.experts * expert for call in disturbed)
+    layer, token = _gaps(alone)
+    later_layer, later_token = _gaps(lent)
+    inner = len(banks) - 1
     return ComputeSpeed(
         bandwidth=bandwidth,
         balance=rows / max(1.0, each / expert),
-        launch=max(0.0, one - expert),
+        launch=launch,
         call=statistics.median(call.overhead for call in single),
         layer=max(0.0, layer - others / bandwidth),
         token=max(0.0, token - layer),
-        beside_reads=slower,
+        beside_reads=max(1.0, sum(call.compute for call in disturbed) / expected),
+        after_reads=max(1.0, (inner * later_layer + later_token) / (inner * layer + token)),
     )
 
 
-def _gaps(calls: Sequence[Call], blocks: int) -> tuple[float, float]:
+def _gaps(calls: Sequence[Call]) -> tuple[float, float]:
     """Give the seconds between two blocks of a token, and between two tokens."""
     layers: list[float] = []
     tokens: list[float] = []
@@ -127,57 +144,21 @@ def _gaps(calls: Sequence[Call], blocks: int) -> tuple[float, float]:
     return statistics.median(layers or [0.0]), statistics.median(tokens)
 
 
-def _token_seconds(calls: Sequence[Call]) -> float:
-    starts = [call.start for call in calls if call.block == 0 and call.tokens == 1]
-    return statistics.median(b - a for a, b in pairwise(starts))
+def _stream(bank: Bank) -> float:
+    """Give the bytes a second of reading one expert after another."""
+    link, store = Link(readers=1), bank.store
+    record = new_records(1, store.layout)[1][0]
 
+    def read(expert: int) -> None:
+        one = Load(store, expert % store.experts, record)
+        link.submit(one)
+        link.wait(one)
 
-def _link_speed(banks: Sequence[Bank]) -> LinkSpeed:
-    """Read experts of every block, many at once and one after another."""
-    return LinkSpeed(
-        bandwidth=statistics.median(_read(bank, Link(), _BATCH) for bank in banks),
-        stream=statistics.median(_read(bank, Link(readers=1), 1) for bank in banks),
-        latency=0.0,  # it is part of both
-    )
-
-
-def _read(bank: Bank, link: Link, at_once: int, least: float = 0.1) -> float:
-    """Give the bytes a second of reading so many experts at a time, for a while."""
-    store, count = bank.store, min(at_once, bank.store.experts)
-    _, records = new_records(count, store.layout)
-
-    def read(first: int) -> None:
-        loads = [
-            Load(store, (first + place) % store.experts, records[place]) for place in range(count)
-        ]
-        for one in loads:
-            link.submit(one)
-        for one in loads:
-            link.wait(one)
-
-    read(0)  # opens files, starts readers, brings memory in
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < least:
-        done += count
-        read(done)
-    speed = done * store.layout.size / (time.perf_counter() - start)
+    read(0)  # opens the file, starts the reader, brings memory in
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < _SECONDS:
+        count += 1
+        read(count)
+    speed = count * store.layout.size / (time.perf_counter() - start)
     link.close()
     return speed
-
-
-@contextmanager
-def _reading(banks: Sequence[Bank]) -> Generator[None]:
-    """Keep the link busy meanwhile."""
-    stop = threading.Event()
-
-    def read() -> None:
-        while not stop.is_set():
-            _read(banks[0], Link(), 4)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

@@ -49,6 +49,8 @@ class TimedBank:
     """What is called; None is the bank."""
     apart: int = 0
     """Compute one token's experts one by one in every second run of so many calls; 0 is never."""
+    foretells: bool = True
+    """Pass predictions on."""
     schemes: Schemes | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,8 +94,9 @@ class TimedBank:
         return out
 
     def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
-        """Pass a prediction on."""
-        (self.lender or self.bank).foretell(scores, active, distance)
+        """Pass a prediction on, if that is wanted."""
+        if self.foretells:
+            (self.lender or self.bank).foretell(scores, active, distance)
 
 
 def _one_by_one(slots: torch.Tensor) -> list[torch.Tensor]:

@@ -8,17 +8,18 @@ import pytest
 
 from benchmarks import offload
 
+ARGUMENTS = """
+    --inner eager --widen 1 --new-tokens 6 --rounds 2 --memory 50%
+    --json out.json --plot plots --timeline timeline.json
+"""
+CONTENDERS = "no cache,lru,lru + prefetch"
+
 
 def test_tables_plots_and_timeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv",
-        [*"offload --inner eager --widen 1 --new-tokens 6 --rounds 2 --memory 50%".split(),
-         "--contenders", "no cache,lru,lru + prefetch",
-         *"--json out.json --plot plots --timeline timeline.json".split()],
-    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["offload", *ARGUMENTS.split(), "--contenders", CONTENDERS])
     offload.main()
     told = json.loads(Path("out.json").read_text())
     rows = {row["contender"]: row for row in told["results"]}

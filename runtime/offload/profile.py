@@ -44,6 +44,8 @@ class ComputeSpeed:
     """A token, beside its layers and reading weights."""
     beside_reads: float
     """Times as long while experts are being read."""
+    after_reads: float
+    """Times as long just after that: caches are cold, threads were asleep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

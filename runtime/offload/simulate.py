@@ -155,7 +155,7 @@ class _Run:
     def _pass(self, part: Part, seconds: float) -> None:
         """Compute for so long, were nothing read meanwhile."""
         start = self.link.now
-        self.link.compute(seconds, self.speed.beside_reads)
+        self.link.compute(seconds, self.speed.beside_reads, self.speed.after_reads)
         self.now.add(part, self.link.now - start)
 
     def _guess(self, event: Guess | Ranking) -> None:

@@ -12,6 +12,8 @@ from moecc.runtime.offload.profile import LinkSpeed
 
 _POLL = 0.02
 """Seconds at least between two looks at how busy the link is, as `Link` has it."""
+_JUST = 0.005
+"""Seconds for which reads disturb what computes after them."""
 _NEVER = float("inf")
 
 
@@ -52,6 +54,8 @@ class SimulatedLink:
     _busy: float = 0.0
     _polled: float = 0.0
     _seconds_then: float = 0.0
+    _active_at: float = -1.0
+    """When something was read last."""
 
     @property
     def active(self) -> bool:
@@ -90,10 +94,11 @@ class SimulatedLink:
         while not transfer.done:
             self._pass(self._next())
 
-    def compute(self, seconds: float, slower: float) -> None:
-        """Let time pass until so much is computed, which takes longer beside reads."""
+    def compute(self, seconds: float, beside: float = 1.0, after: float = 1.0) -> None:
+        """Let time pass until so much is computed: more beside reads, and just after them."""
         while seconds > 0:
-            factor = slower if self._reading else 1.0
+            lately = self.now - self._active_at < _JUST
+            factor = beside if self._reading else after if lately else 1.0
             step = min(seconds * factor, self._next())
             self._pass(step)
             seconds -= step / factor
@@ -111,6 +116,7 @@ class SimulatedLink:
         if not self._reading:
             return
         self._seconds += seconds
+        self._active_at = self.now
         done = seconds * self._rate()
         for chunk in self._reading:
             chunk.left -= done

@@ -19,7 +19,7 @@ from moecc.runtime.offload.trace import Event, Guess, Ranking, Request
 SIZE = 3_000_000
 """Three chunks."""
 NOTHING = ComputeSpeed(
-    bandwidth=1e30, balance=1, launch=0, call=0, layer=0, token=0, beside_reads=1
+    bandwidth=1e30, balance=1, launch=0, call=0, layer=0, token=0, beside_reads=1, after_reads=1
 )
 SLOW = Profile(
     name="slow", tier="none", source="made up", compute=NOTHING,
@@ -123,8 +123,14 @@ def test_demands_overtake_predictions_and_share_the_link() -> None:
 def test_computing_takes_longer_beside_reads_only() -> None:
     link = SimulatedLink(LinkSpeed(bandwidth=1e6, stream=1e6, latency=0.5))
     link.submit(500_000, 0)  # takes 1 s
-    link.compute(1.0, 2.0)
+    link.compute(1.0, beside=2.0)
     assert link.now == pytest.approx(1.5)
+    link.compute(0.001, after=3.0)  # the last read is long over
+    assert link.now == pytest.approx(1.501)
+    link.wait(link.submit(1, 0))
+    before = link.now
+    link.compute(0.001, after=3.0)
+    assert link.now - before == pytest.approx(0.003)
 
 
 @pytest.mark.parametrize("name", profiles.names())
