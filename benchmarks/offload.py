@@ -18,7 +18,8 @@ trained model. Contenders take turns, and medians of all rounds are told.
 
 Where the time of a decoded token goes: kernels of experts, the rest of the model, waiting for
 experts that nobody foresaw and for those on their way, and what banks take beside that. `simulated`
-is what the simulator says of the same run, with the profile of this machine measured just before.
+is what the simulator says of the same run, with the profile of this machine measured just before,
+and the bandwidth that the contender's own link had: a shared disk does not keep to one.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from moecc.lenders import banks_of
 from moecc.loading import demands_of
 from moecc.profiling import measure as measure_profile
 from moecc.runtime.offload.bank import MOST_TOKENS
-from moecc.runtime.offload.profile import Profile
+from moecc.runtime.offload.profile import LinkSpeed, Profile
 from moecc.runtime.offload.recording import Pooled, Recording
 from moecc.runtime.offload.replay import replay
 from moecc.runtime.offload.simulate import GOVERNED, simulate
@@ -186,7 +187,12 @@ def _row(
     if contender.name != "no cache":
         predictions = GOVERNED if "prefetch" in contender.name else "none"
         policy = CONTENDERS[contender.name][0]
-        simulated = simulate(recording, profile, slots, policy, predictions).decode_rate
+        bandwidth = contender.link.bandwidth or profile.link.bandwidth
+        link = LinkSpeed(
+            bandwidth=bandwidth, stream=min(bandwidth, profile.link.stream), latency=0.0
+        )
+        here = replace(profile, link=link)
+        simulated = simulate(recording, here, slots, policy, predictions).decode_rate
     return Row(
         contender=contender.name,
         memory=memory,

@@ -141,7 +141,7 @@ def _gaps(calls: Sequence[Call]) -> tuple[float, float]:
     for before, after in pairwise(calls):
         if before.tokens == after.tokens == 1:
             (layers if after.block > before.block else tokens).append(after.start - before.end)
-    return statistics.median(layers or [0.0]), statistics.median(tokens)
+    return statistics.mean(layers or [0.0]), statistics.mean(tokens)
 
 
 def _stream(bank: Bank) -> float:

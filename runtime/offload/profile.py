@@ -43,9 +43,9 @@ class ComputeSpeed:
     token: float
     """A token, beside its layers and reading weights."""
     beside_reads: float
-    """Times as long while experts are being read."""
+    """Times as long while experts are being read; kernels also just after that."""
     after_reads: float
-    """Times as long just after that: caches are cold, threads were asleep."""
+    """Times as long for the rest of the model just after: caches are cold, threads were asleep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

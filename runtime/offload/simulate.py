@@ -155,7 +155,9 @@ class _Run:
     def _pass(self, part: Part, seconds: float) -> None:
         """Compute for so long, were nothing read meanwhile."""
         start = self.link.now
-        self.link.compute(seconds, self.speed.beside_reads, self.speed.after_reads)
+        beside = self.speed.beside_reads
+        after = self.speed.after_reads if part == "model" else beside
+        self.link.compute(seconds, beside, after)
         self.now.add(part, self.link.now - start)
 
     def _guess(self, event: Guess | Ranking) -> None:
