@@ -6,7 +6,7 @@ Needs: blocks.  Adds: placements.  Graph: unchanged.
     all others                                         resident, in the model's own tensors
 
 How many slots each block gets is decided when a model is loaded, before any weight is read
-(`moecc.runtime.offload.plan`, which `moecc plan` prints). A budget for a model that is in memory already would save nothing
+(`moecc.runtime.offload.plan`). A budget for a model that is in memory already would save nothing
 until its weights are gone: that is a miss, and says to load it with `moecc.load`.
 """
 
