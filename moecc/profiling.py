@@ -111,7 +111,8 @@ def _compute_speed(
         call.compute / len(call.kernels) for call in single if len(call.kernels) > 1
     )
     active = max(call.experts for call in single)
-    expert = (whole - one) / (active - 1) if active > 1 else whole
+    told_apart = active > 1 and whole > one  # noise may hide what several experts take
+    expert = (whole - one) / (active - 1) if told_apart else whole / active
     bandwidth = banks[0].store.layout.size / expert
     prefill = [call for call in alone if call.tokens > 1]
     rows = statistics.median(call.tokens * active / call.experts for call in prefill)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import moecc
 from moecc import cli, tracing
 from moecc.generate import compiled
+from moecc.runtime.errors import OptionError, StoreError
 from moecc.runtime.offload.recording import read, write
 
 REFERENCE = Path(__file__).parent.parent / "benchmarks" / "reference"
@@ -131,6 +132,13 @@ def test_wrong_use_of_plan_and_replay_says_what_to_do(
             cli.main()
         assert left.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_load_refuses_a_trace_that_is_none() -> None:
+    with pytest.raises(OptionError, match="'trace' is 'nowhere'; allowed: None or a file"):
+        moecc.load(REFERENCE, expert_memory="25%", trace="nowhere")
+    with pytest.raises(StoreError, match=r"config.json' is no trace of `moecc trace`: line 1"):
+        moecc.load(REFERENCE, expert_memory="25%", trace=REFERENCE / "config.json")
 
 
 def test_a_measured_profile_simulates_the_run(
