@@ -1,24 +1,33 @@
 """Time decoding with experts on disk: what the cache, its policy and predictions are worth.
 
-    python -m benchmarks.offload --memory 25%,50% --widen 64 --json FILE
+    python -m benchmarks.offload --memory 25%,50% --widen 64 --json FILE --plot FOLDER
+    python -m benchmarks.offload --timeline FILE        one more generation, for ui.perfetto.dev
 
-Every contender runs the same compiled model, the same kernels and the same tokens; only the banks
-behind its experts differ. Files are read past the page cache. The model is the shipped one with its
-experts made larger (`benchmarks/widened.py`), so that routing is that of a trained model.
+Every contender but accelerate runs the same compiled model, the same kernels and the same tokens;
+only the banks behind its experts differ. Files are read past the page cache. The model is the
+shipped one with its experts made larger (`benchmarks/widened.py`), so that routing is that of a
+trained model. Contenders take turns, and medians of all rounds are told.
 
+    accelerate    device_map, layers read whole from disk, given the bytes that moecc has in all
     no cache      an expert is read whenever a token needs it (expert-aware, nothing kept)
     lru, lfu      on demand, into slots
     + prefetch    the next layer's experts predicted with its router, read if that pays
+    oracle        simulated here: Belady, and every request known when the one before it ends
     bound         the larger of the time with all experts in memory and Belady's misses (the fewest
                   that any cache of so many slots can have) at the link's bandwidth
+
+Where the time of a decoded token goes: kernels of experts, the rest of the model, waiting for
+experts that nobody foresaw and for those on their way, and what banks take beside that. `simulated`
+is what the simulator says of the same run, with the profile of this machine measured just before,
+and the bandwidth that the contender's own link had: a shared disk does not keep to one.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +35,22 @@ import torch
 from transformers import AutoTokenizer
 
 import moecc
+from benchmarks import timeline
+from benchmarks.offload_contenders import CONTENDERS, Contender, new_contender, run_accelerate
+from benchmarks.offload_plots import plot
 from benchmarks.timing import machine, table
 from benchmarks.widened import widen
-from moecc.generate import generate
-from moecc.lenders import lenders_of
-from moecc.runtime.offload.bank import Bank
-from moecc.runtime.offload.link import Link
-from moecc.runtime.offload.policy import POLICIES
-from moecc.runtime.offload.pool import Pool
+from moecc.footprint import other_bytes
+from moecc.generate import Timing, generate
+from moecc.lenders import banks_of
+from moecc.loading import demands_of
+from moecc.profiling import measure as measure_profile
+from moecc.runtime.offload.bank import MOST_TOKENS
+from moecc.runtime.offload.profile import LinkSpeed, Profile
+from moecc.runtime.offload.recording import Pooled, Recording
 from moecc.runtime.offload.replay import replay
-from moecc.runtime.offload.stand_in import bind
+from moecc.runtime.offload.simulate import GOVERNED, simulate
+from moecc.runtime.offload.trace import Request
 
 REFERENCE = Path(__file__).parent / "reference"
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form."
@@ -43,55 +58,24 @@ PROMPT = "In the beginning God created the heaven and the earth. And the earth w
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One contender at one budget."""
+    """One contender at one budget; times are milliseconds of a decoded token."""
 
     contender: str
     memory: str
-    slots: int
-    """Of each block."""
     tokens_per_second: float
-    hit_rate: float
-    megabytes_per_token: float
-    waited: float
-    """Share of the time in which a block waited for experts."""
-    same_tokens: bool
+    spread: tuple[float, float] | None = None
+    """The slowest round and the fastest."""
+    hit_rate: float | None = None
+    megabytes_per_token: float | None = None
+    experts: float | None = None
+    model: float | None = None
+    demand_wait: float | None = None
+    prefetch_wait: float | None = None
+    overhead: float | None = None
+    simulated: float | None = None
+    """Tokens a second that the simulator says."""
+    same_tokens: bool | None = None
     """As with all experts in memory."""
-
-
-class NoCache:
-    """A bank that forgets its experts after every call."""
-
-    schemes = None
-
-    def __init__(self, bank: Bank) -> None:
-        self.bank = bank
-
-    def run(self, *arguments: Any) -> torch.Tensor:
-        """Compute the block, and forget."""
-        out = self.bank.run(*arguments)
-        for key in list(self.bank.pool.cache):
-            self.bank.pool.cache.drop(key)
-        return out
-
-    def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
-        """Ignore predictions."""
-
-
-class OnDemand(NoCache):
-    """A bank that ignores predictions."""
-
-    def run(self, *arguments: Any) -> torch.Tensor:
-        """Compute the block."""
-        return self.bank.run(*arguments)
-
-
-CONTENDERS: dict[str, tuple[str, Callable[[Bank], Any]]] = {
-    "no cache": ("lru", NoCache),
-    "lru": ("lru", OnDemand),
-    "lfu": ("lfu", OnDemand),
-    "lru + prefetch": ("lru", lambda bank: bank),
-    "lookahead + prefetch": ("lookahead", lambda bank: bank),
-}
 
 
 def main() -> None:
@@ -101,117 +85,174 @@ def main() -> None:
     parser.add_argument("--widen", type=int, default=64, help="times the experts' size")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="some of them")
+    parser.add_argument("--accelerate", action="store_true", help="time accelerate, too: slow")
+    parser.add_argument("--inner", default="inductor", help="compiles what is not MoE")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER")
+    parser.add_argument("--timeline", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        rows = measure(widen(REFERENCE, Path(folder), arguments.widen), arguments)
+        profile, rows = measure(
+            widen(REFERENCE, Path(folder) / "model", arguments.widen), arguments
+        )
+    results = [asdict(row) for row in rows]
     if arguments.json:
-        record = {"machine": machine(), "widen": arguments.widen}
-        record["results"] = [asdict(row) for row in rows]
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        record = {"machine": machine(), "widen": arguments.widen, "profile": asdict(profile)}
+        arguments.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
+    if arguments.plot:
+        plot(results, arguments.plot)
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+def measure(folder: Path, arguments: argparse.Namespace) -> tuple[Profile, list[Row]]:
     """Time every contender at every budget, and print the tables."""
     model: Any = moecc.load(folder, expert_memory="100%")
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
-    banks = [lender for _, lender in lenders_of(model) if isinstance(lender, Bank)]
-    experts, size = banks[0].store.experts, banks[0].store.layout.size
-    model.forward = torch.compile(model.forward, backend="moecc", dynamic=True)
+    options = {"inner": arguments.inner}
+    model.forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
     generate(model, ids, arguments.new_tokens)  # compiles, and brings every expert in
     resident = [generate(model, ids, arguments.new_tokens) for _ in range(arguments.rounds)]
     whole = statistics.median(one.decode_rate for one in resident)
-    bandwidth = banks[0].pool.link.bandwidth or 0.0
+    profile = measure_profile(model, ids, arguments.new_tokens, "here")
+    others = sum(one.nbytes for one in model.parameters() if one.stride()[0])  # no stand-ins
+    stores = [bank.store for bank in banks_of(model)]
+    demands = demands_of(model, stores)
     print(machine())
     print(
-        f"{len(banks)} blocks of {experts} experts, {size / 1e6:.2f} MB each, "
-        f"{len(banks) * experts * size / 1e6:.0f} MB; in memory {whole:.1f} tokens/s"
+        f"{len(demands)} blocks of {demands[0].experts} experts, {demands[0].size / 1e6:.2f} MB "
+        f"each, {sum(one.bytes for one in demands) / 1e6:.0f} MB; in memory {whole:.1f} tokens/s"
     )
     rows: list[Row] = []
     for memory in arguments.memory.split(","):
-        slots = int(float(memory.rstrip("%")) / 100 * experts)
-        found = [
-            _time(name, memory, slots, model, banks, ids, resident[0].tokens, arguments)
-            for name in CONTENDERS
-        ]
-        rows += [row for row, _ in found]
-        events, bandwidth = found[1][1]
-        fewest = sum(replay(one, slots, "belady").misses for one in events)
-        steps = sum(len(one) for one in events) / len(events)
-        seconds = max(1 / whole, fewest * size / steps / bandwidth)
-        _print(memory, slots, [row for row, _ in found], 1 / seconds, bandwidth)
-    return rows
-
-
-def _time(
-    name: str,
-    memory: str,
-    slots: int,
-    model: Any,
-    banks: Sequence[Bank],
-    ids: torch.Tensor,
-    expected: tuple[int, ...],
-    arguments: argparse.Namespace,
-) -> tuple[Row, tuple[list[Any], float]]:
-    """Give a contender banks of its own, warm them with one generation, and time others."""
-    policy, wrap = CONTENDERS[name]
-    link = Link()
-    own = [
-        Bank(
-            number=bank.number,
-            store=bank.store,
-            pool=Pool(bank.store.layout, slots, POLICIES[policy], link),
+        slots = int(float(memory.rstrip("%")) / 100 * demands[0].experts)
+        recording = Recording(
+            model=folder.name,
+            policy="lru",
+            blocks=tuple(demands),
+            pool_of=tuple(range(len(demands))),
+            pools=(Pooled(slots=slots, asked=0, hits=0, predicted=0),) * len(demands),
+            other_bytes=other_bytes(model),
+            decode_rate=0.0,
+            events=(),
         )
-        for bank in banks
-    ]
-    modules = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
-    for module, bank in zip(modules, own, strict=True):
-        lender = wrap(bank)
-        for parameter in (module.gate_up_proj, module.down_proj):
-            bind(parameter, lender)
-    generate(model, ids, arguments.new_tokens)
-    before, bytes_before = _sums(own), link.bytes
-    for bank in own:
-        bank.pool.trace.recording = True
-    timings = [generate(model, ids, arguments.new_tokens) for _ in range(arguments.rounds)]
-    asked, hits, waited = (after - b for after, b in zip(_sums(own), before, strict=True))
-    seconds = sum(one.prefill_seconds + one.decode_seconds for one in timings)
-    steps = arguments.rounds * arguments.new_tokens
-    row = Row(
-        contender=name,
+        contenders = [
+            new_contender(name, stores, slots) for name in arguments.contenders.split(",")
+        ]
+        for _ in range(1 + arguments.rounds):
+            for one in contenders:
+                one.round(model, ids, arguments.new_tokens)
+        found = [
+            _row(one, memory, replace(recording, events=tuple(one.events)), profile, resident[0])
+            for one in contenders
+        ]
+        if arguments.accelerate:
+            few = min(8, arguments.new_tokens)
+            budget = others + slots * sum(one.size for one in demands)
+            timing = run_accelerate(folder, budget, ids, few)
+            same = timing.tokens == resident[0].tokens[:few]
+            rate = timing.decode_rate
+            row = Row(
+                contender="accelerate", memory=memory, tokens_per_second=rate, same_tokens=same
+            )
+            found.insert(0, row)
+        asked = replace(recording, events=tuple(contenders[0].events))
+        found += _bounds(asked, memory, slots, profile, whole)
+        _print(f"{memory}, {slots} slots", found)
+        rows += found
+        if arguments.timeline and memory == arguments.memory.split(",")[0]:
+            _draw(contenders[-1], model, ids, arguments)
+        for one in contenders:
+            one.link.close()
+    return profile, rows
+
+
+def _row(
+    contender: Contender, memory: str, recording: Recording, profile: Profile, resident: Timing
+) -> Row:
+    """Sum up the rounds of a contender."""
+    rates = [one.decode_rate for one in contender.timings]
+    calls = [call for call in contender.calls if call.tokens <= MOST_TOKENS]
+    steps = sum(len(one.tokens) - 1 for one in contender.timings)
+    counts = [bank.pool.trace.counts for bank in contender.banks]
+    parts = {
+        "experts": sum(call.compute for call in calls),
+        "demand_wait": sum(call.demand_wait for call in calls),
+        "prefetch_wait": sum(call.prefetch_wait for call in calls),
+        "overhead": sum(call.overhead for call in calls),
+    }
+    seconds = sum(one.decode_seconds for one in contender.timings)
+    parts["model"] = seconds - sum(parts.values())
+    slots = [pool.slots for pool in recording.pools]
+    simulated = None
+    if contender.name != "no cache":
+        predictions = GOVERNED if "prefetch" in contender.name else "none"
+        policy = CONTENDERS[contender.name][0]
+        bandwidth = contender.link.bandwidth or profile.link.bandwidth
+        link = LinkSpeed(
+            bandwidth=bandwidth, stream=min(bandwidth, profile.link.stream), latency=0.0
+        )
+        here = replace(profile, link=link)
+        simulated = simulate(recording, here, slots, policy, predictions).decode_rate
+    return Row(
+        contender=contender.name,
         memory=memory,
-        slots=slots,
-        tokens_per_second=statistics.median(one.decode_rate for one in timings),
-        hit_rate=hits / asked,
-        megabytes_per_token=(link.bytes - bytes_before) / steps / 1e6,
-        waited=waited / seconds,
-        same_tokens=all(one.tokens == expected for one in timings),
-    )
-    bandwidth = link.bandwidth or 1.0
-    link.close()
-    return row, ([bank.pool.trace.events for bank in own], bandwidth)
-
-
-def _sums(banks: Sequence[Bank]) -> tuple[float, float, float]:
-    counts = [bank.pool.trace.counts for bank in banks]
-    return (
-        sum(one.experts for one in counts),
-        sum(one.hits for one in counts),
-        sum(one.wait_seconds for one in counts),
+        tokens_per_second=statistics.median(rates),
+        spread=(min(rates), max(rates)),
+        hit_rate=sum(one.hits for one in counts) / sum(one.experts for one in counts),
+        megabytes_per_token=contender.read_bytes / (steps + len(rates)) / 1e6,
+        **{name: took / steps * 1e3 for name, took in parts.items()},
+        simulated=simulated,
+        same_tokens=all(one.tokens == resident.tokens for one in contender.timings),
     )
 
 
-def _print(memory: str, slots: int, rows: Sequence[Row], bound: float, bandwidth: float) -> None:
-    base = next(row for row in rows if row.contender == "lru").tokens_per_second
-    lines = [[f"{memory}, {slots} slots", "tokens/s", "over lru", "hits", "MB/token", "waited"]]
+def _bounds(
+    recording: Recording, memory: str, slots: int, profile: Profile, whole: float
+) -> list[Row]:
+    """Say what Belady and perfect predictions would give, simulated and by bytes alone."""
+    blocks = range(len(recording.blocks))
+    oracle = simulate(recording, profile, [slots] * len(blocks), "belady", "perfect")
+    decoding = [
+        one for one in recording.events if isinstance(one, Request) and one.tokens <= MOST_TOKENS
+    ]
+    fewest = [
+        replay([one for one in decoding if one.block == number], slots, "belady")
+        for number in blocks
+    ]
+    read = sum(
+        one.misses * demand.size for one, demand in zip(fewest, recording.blocks, strict=True)
+    )
+    steps = sum(one.block == 0 for one in decoding)
+    bound = min(whole, profile.link.bandwidth * steps / read)
+    hit_rate = sum(one.hits for one in fewest) / sum(one.asked for one in fewest)
+    return [
+        Row(contender="oracle", memory=memory, tokens_per_second=oracle.decode_rate),
+        Row(contender="bound", memory=memory, tokens_per_second=bound, hit_rate=hit_rate),
+    ]
+
+
+def _draw(contender: Contender, model: Any, ids: torch.Tensor, arguments: Any) -> None:
+    """Generate once more, and write where the time went."""
+    done = len(contender.calls)
+    with timeline.watched(contender.banks) as spans:
+        contender.round(model, ids, arguments.new_tokens)
+    calls = contender.calls[done:]
+    timeline.write([*spans, *timeline.spans_of(calls)], arguments.timeline)
+
+
+def _print(title: str, rows: Sequence[Row]) -> None:
+    base = next((row for row in rows if row.contender == "lru"), rows[0]).tokens_per_second
+    parts = ("experts", "model", "demand_wait", "prefetch_wait", "overhead")
+    lines = [[title, "tokens/s", "over lru", "hits", "MB/token", "simulated"]]
+    lines[0] += [f"{part.replace('_', ' ')} ms" for part in parts]
     for row in rows:
         rate = row.tokens_per_second
-        lines.append([row.contender, f"{rate:.1f}", f"{rate / base:.2f}x", f"{row.hit_rate:.1%}"])
-        lines[-1] += [f"{row.megabytes_per_token:.1f}", f"{row.waited:.0%}"]
-    lines.append(["bound", f"{bound:.1f}", f"{bound / base:.2f}x", "", "", ""])
-    print(f"\nthe link reads {bandwidth / 1e6:.0f} MB/s")
-    print(table(lines))
-    different = [row.contender for row in rows if not row.same_tokens]
+        cells = (row.megabytes_per_token, row.simulated, *(getattr(row, part) for part in parts))
+        hits = "" if row.hit_rate is None else f"{row.hit_rate:.1%}"
+        lines.append([row.contender, f"{rate:.1f}", f"{rate / base:.2f}x", hits])
+        lines[-1] += ["" if cell is None else f"{cell:.1f}" for cell in cells]
+    print(f"\n{table(lines)}")
+    different = [row.contender for row in rows if row.same_tokens is False]
     print(f"tokens differ: {different}" if different else "all gave the same tokens", flush=True)
 
 

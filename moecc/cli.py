@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moecc import __version__
+from moecc import __version__, offload_cli
 from moecc.runtime.errors import MoeccError
 
 app = typer.Typer(
@@ -18,6 +18,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(offload_cli.app)
 
 Model = Annotated[
     str,

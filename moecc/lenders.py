@@ -1,5 +1,7 @@
 """Find what lends a model its experts, and tell where they live and how the cache did."""
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +11,8 @@ from moecc.runtime.modules import named_modules, parameters_of
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.resident import Resident
-from moecc.runtime.offload.stand_in import Lender, lender_of
+from moecc.runtime.offload.stand_in import Lender, bind, lender_of
+from moecc.runtime.offload.trace import Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,9 +21,9 @@ class ExpertsReport:
 
     blocks: tuple[dict[str, Any], ...]
     """path, home (`memory` or `disk`), schemes, experts, slots, slot_bytes, requests, asked, hits,
-    misses, late, predicted, useful, wait_seconds; and of guesses, None before the first: recall (of
-    the experts asked for, those among the first k guessed), wide_recall (among all that were
-    guessed), whole (requests whose experts were all among the first k)"""
+    misses, late, predicted, useful, wait_seconds, late_seconds; and of guesses, None before the
+    first: recall (of the experts asked for, those among the first k guessed), wide_recall (among
+    all that were guessed), whole (requests whose experts were all among the first k)"""
     memory_bytes: int
     """Of all slots."""
     total_bytes: int
@@ -52,13 +55,36 @@ def lenders_of(model: nn.Module) -> list[tuple[str, Lender]]:
     return list(found.values())
 
 
+def banks_of(model: nn.Module) -> list[Bank]:
+    """List the banks behind a model's experts, in the order of its layers."""
+    return [lender for _, lender in lenders_of(model) if isinstance(lender, Bank)]
+
+
+@contextmanager
+def bound_to(model: nn.Module, wrap: Callable[[Bank], Lender]) -> Generator[None]:
+    """Let a model ask other lenders inside, each made of a bank, as it asked that before."""
+    bound = [
+        (parameter, lender)
+        for _, module in named_modules(model)
+        for parameter in parameters_of(module).values()
+        if parameter is not None and isinstance(lender := lender_of(parameter), Bank)
+    ]
+    lenders = {id(bank): wrap(bank) for _, bank in bound}
+    try:
+        for parameter, bank in bound:
+            bind(parameter, lenders[id(bank)])
+        yield
+    finally:
+        for parameter, bank in bound:
+            bind(parameter, bank)
+
+
 def report_experts(model: nn.Module) -> ExpertsReport | None:
     """Report on experts that are lent; None when a model has all its own."""
     lenders = lenders_of(model)
     if not lenders:
         return None
-    banks = [lender for _, lender in lenders if isinstance(lender, Bank)]
-    links = {id(bank.pool.link): bank.pool.link for bank in banks}
+    links = {id(bank.pool.link): bank.pool.link for bank in banks_of(model)}
     seconds = [link.bandwidth for link in links.values() if link.bandwidth]
     blocks = tuple(_block(path, lender) for path, lender in lenders)
     return ExpertsReport(
@@ -89,9 +115,8 @@ def _block(path: str, lender: Lender) -> dict[str, Any]:
     assert isinstance(lender, Resident)
     experts = len(lender.slots)
     size = sum(tensor[0].nbytes for tensor in lender.tensors.values())
-    numbers: dict[str, Any] = dict.fromkeys(
-        ("requests", "asked", "hits", "misses", "late", "predicted", "useful", "wait_seconds"), 0
-    )
+    numbers: dict[str, Any] = dict.fromkeys(("asked", "misses", *asdict(Counts())), 0)
+    del numbers["experts"]
     numbers |= dict.fromkeys(("recall", "wide_recall", "whole"))
     place = {"home": "memory", "experts": experts, "slots": experts, "slot_bytes": size}
     return plain | place | numbers

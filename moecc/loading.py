@@ -20,10 +20,11 @@ from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.native.build import cache_folder
 from moecc.passes.options import Options
+from moecc.placement import place_experts
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
-from moecc.runtime.offload.plan import Demand, share_slots
+from moecc.runtime.offload.plan import Demand
 from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.record import new_records
@@ -48,7 +49,8 @@ def load(
     `options` are those of `torch.compile(model, backend="moecc", options=...)`.
 
     With `expert_memory`, experts are read from disk when a token needs them, and no more than that
-    many bytes of them are in memory. With `quantize`, they are packed one by one, so that full
+    many bytes of them are in memory, shared among blocks evenly, or as a `trace` of `moecc trace`
+    says that they help most. With `quantize`, they are packed one by one, so that full
     experts are never all in memory; with both, into a packed store beside moecc's other caches,
     once. `progress` is called meanwhile with the bytes done and all of them.
 
@@ -157,15 +159,10 @@ def make_banks(
 
     Raises `OptionError` when the budget is below one token's demand.
     """
-    active = _active(model)
-    demands = [
-        Demand(name=store.name, experts=store.experts, active=active, size=store.layout.size)
-        for store in stores
-    ]
     memory = 1.0 if options.expert_memory is None else options.expert_memory
     policy = POLICIES["lru" if options.policy == "auto" else options.policy]
     link = Link()
-    slots = share_slots(demands, memory)
+    slots = place_experts(demands_of(model, stores), memory, options.trace)
     return [
         Bank(
             number=number,
@@ -177,11 +174,21 @@ def make_banks(
     ]
 
 
+def demands_of(model: nn.Module, stores: Sequence[Store]) -> list[Demand]:
+    """Say what each block would like to keep in memory."""
+    active = active_of(model)
+    return [
+        Demand(name=store.name, experts=store.experts, active=active, size=store.layout.size)
+        for store in stores
+    ]
+
+
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
 """What configurations call K; used to refuse a budget early, and for nothing else."""
 
 
-def _active(model: nn.Module) -> int:
+def active_of(model: nn.Module) -> int:
+    """Read K from a model's configuration; 1 where it does not say."""
     config: Any = getattr(model, "config", None)
     for one in (config, getattr(config, "text_config", None)):
         for name in _TOP_K:

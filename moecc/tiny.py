@@ -27,16 +27,7 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
 
     Raises `ModelError` for an unknown model type, `MissingExtra` without transformers.
     """
-    mapping: Any = _transformers().CONFIG_MAPPING
-    known = MODEL_TYPES.get(model_type, model_type)
-    if known not in mapping:
-        raise ModelError(
-            f"{model_type!r} is no checkpoint folder, no file.py:factory and no model type of "
-            "the installed transformers"
-        )
-    whole: Any = mapping[known]
-    parts: dict[str, Any] = getattr(whole, "sub_configs", None) or {}
-    kind: Any = parts.get("text_config", whole)
+    kind = _config_class(model_type)
     sizes = {name: value for name, value in SIZES.items() if name in _settings(kind)}
     return kind(**sizes | EXCEPTIONS.get(model_type, {}) | changes)
 
@@ -63,6 +54,28 @@ def tiny_model(
         _widen(model)
         _randomise(model)
     return model.eval()
+
+
+def model_and_config(model_type: str, full: bool) -> tuple[Any, Any]:
+    """Give the class and the configuration of a model type: tiny, or as transformers' defaults.
+
+    Raises what `tiny_config` does.
+    """
+    config = _config_class(model_type)() if full else tiny_config(model_type)
+    return _model_class(model_type, config), config
+
+
+def _config_class(model_type: str) -> Any:
+    mapping: Any = _transformers().CONFIG_MAPPING
+    known = MODEL_TYPES.get(model_type, model_type)
+    if known not in mapping:
+        raise ModelError(
+            f"{model_type!r} is no checkpoint folder, no file.py:factory and no model type of "
+            "the installed transformers"
+        )
+    whole: Any = mapping[known]
+    parts: dict[str, Any] = getattr(whole, "sub_configs", None) or {}
+    return parts.get("text_config", whole)
 
 
 def _settings(kind: Any) -> set[str]:

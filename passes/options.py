@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase as fnmatch
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from moecc.runtime.errors import OptionError
@@ -31,6 +32,8 @@ class Options:
     """Bytes, or a share of the experts' own bytes as a float in (0, 1]; None is all resident."""
     lookahead: int | Literal["auto"] = "auto"
     policy: str = "auto"
+    trace: str | None = None
+    """A file of `moecc trace`, by which `expert_memory` is shared among blocks; None is evenly."""
     kernels: str = "auto"
     inner: str = "inductor"
     strict: bool = False
@@ -146,6 +149,12 @@ def _lookahead(value: Any) -> Any:
     raise _bad("lookahead", value, "'auto' or a number of layers, 0 for none")
 
 
+def _trace(value: Any) -> str | None:
+    if value is None or (isinstance(value, str | Path) and Path(value).is_file()):
+        return None if value is None else str(value)
+    raise _bad("trace", value, "None or a file that moecc trace wrote")
+
+
 def _one_of(key: str, allowed: tuple[str, ...]) -> Any:
     def check(value: Any) -> str:
         if isinstance(value, str) and value in allowed:
@@ -175,6 +184,7 @@ _CHECKS: dict[str, Any] = {
     "expert_memory": parse_memory,
     "lookahead": _lookahead,
     "policy": _one_of("policy", POLICIES),
+    "trace": _trace,
     "kernels": _one_of("kernels", EMITTERS),
     "inner": _inner,
     "strict": _strict,

@@ -64,6 +64,23 @@ def find_recipes(
 
 
 def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None) -> Recipe:
+    layout, spec = layout_of(absent, schemes)
+    return Recipe(
+        path=absent.path,
+        experts=len(absent.tensors[0]),
+        layout=layout,
+        pieces=pieces,
+        dtype=absent.tensors[0].dtype,
+        schemes=schemes,
+        spec=spec,
+    )
+
+
+def layout_of(absent: Absent, schemes: Schemes | None) -> tuple[Layout, KernelSpec | None]:
+    """Lay out the records of a block, and give its kernel's spec where they are in schemes.
+
+    Raises `ModelError` when there are schemes and the activation cannot be read.
+    """
     first, second = absent.tensors
     spec = None
     matrices = {
@@ -76,15 +93,7 @@ def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None
         except UnreadableActivation as error:
             raise ModelError(f"{absent.path!r} cannot be quantized: {error}") from error
         matrices = _packed_matrices(spec, schemes)
-    return Recipe(
-        path=absent.path,
-        experts=first.shape[0],
-        layout=Layout.of(matrices),
-        pieces=pieces,
-        dtype=first.dtype,
-        schemes=schemes,
-        spec=spec,
-    )
+    return Layout.of(matrices), spec
 
 
 def _packed_matrices(

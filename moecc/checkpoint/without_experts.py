@@ -66,20 +66,24 @@ def make_skeleton(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, tu
     transformers = _transformers()
     with _naming(folder):
         config = transformers.AutoConfig.from_pretrained(folder)
-        kind = _model_class(transformers, config)
-        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        wanted = wanted or getattr(config, "dtype", None) or torch.get_default_dtype()
-        before = torch.get_default_dtype()
-        try:
-            torch.set_default_dtype(wanted)
-            with torch.device("meta"):
-                model = kind(config)
-        finally:
-            torch.set_default_dtype(before)
-    absent = tuple(_take_out(model))
+        model = on_meta(_model_class(transformers, config), config, dtype)
+    absent = tuple(take_out(model))
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
     return model, absent
+
+
+def on_meta(kind: Any, config: Any, dtype: torch.dtype | str) -> nn.Module:
+    """Make a model without weights; "auto" is the dtype of its configuration."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    wanted = wanted or getattr(config, "dtype", None) or torch.get_default_dtype()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(wanted)
+        with torch.device("meta"):
+            return kind(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _transformers() -> Any:
@@ -115,7 +119,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
 def _class_without_experts(kind: Any, absent: list[Absent]) -> Any:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
-        absent[:] = _take_out(self)
+        absent[:] = take_out(self)
 
     ignored = [*(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()), r"\bexperts\."]
     body = {
@@ -126,7 +130,8 @@ def _class_without_experts(kind: Any, absent: list[Absent]) -> Any:
     return type(kind.__name__, (kind,), body)
 
 
-def _take_out(model: nn.Module) -> Sequence[Absent]:
+def take_out(model: nn.Module) -> Sequence[Absent]:
+    """Take the matrices of experts out of a model on the meta device."""
     found: list[Absent] = []
     for path, module in named_modules(model):
         if not all(hasattr(module, name) for name in _ATTRIBUTES):

@@ -97,7 +97,7 @@ class Bank:
         best = scores.float().amax(dim=0) if len(scores) > 1 else scores[0]
         ranked = self._keys(cast(list[int], best.topk(width).indices.tolist()))
         with self.pool.lock:
-            self.guesses.make(ranked, self.pool, self.store)
+            self.guesses.make(ranked, active, self.pool, self.store)
 
     def _request(self, experts: Sequence[int], pinned: list[Admission]) -> list[Admission]:
         admitted = self.pool.request(self.store, self._keys(experts)) if experts else []
@@ -126,7 +126,7 @@ class Bank:
             if self.pool.is_late(admitted[start].key):
                 began = time.perf_counter()
                 self.pool.wait(admitted[start].key)
-                self.pool.trace.counts.wait_seconds += time.perf_counter() - began
+                self.pool.trace.add_wait(time.perf_counter() - began, admitted[start].hit)
             end = start + 1
             while end < len(admitted) and not self.pool.is_late(admitted[end].key):
                 end += 1

@@ -1,7 +1,7 @@
 """Act on predictions of one block's experts, and check them against what was asked for."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moecc.runtime.offload.governor import Governor
@@ -26,18 +26,28 @@ class Guesses:
     whole: int = 0
     """Requests whose experts were all among the first k guessed."""
     made: int = 0
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds; a simulator has its own."""
     _latest: tuple[list[int], float] | None = None
     _driven_out: dict[Key, int] = field(default_factory=dict[Key, int])
 
-    def make(self, ranked: Sequence[Key], pool: Pool, store: Store) -> None:
+    def make(self, ranked: Sequence[Key], active: int, pool: Pool, store: Store) -> None:
         """Take a guess, best first, and start those reads that are worth it."""
-        self._latest = [expert for _, expert in ranked], time.perf_counter()
+        pool.trace.add_ranking(tuple(ranked), active)
         read = store.layout.size / (pool.link.bandwidth or _FAST)
-        worth = self.governor.worth(len(ranked), read, pool.link.busy())
-        chosen = [key for key, good in zip(ranked, worth, strict=True) if good]
+        chosen = self.choose(ranked, read, pool.link.busy())
         if chosen:
-            for key in pool.predict(store, chosen, 1, len(chosen)):
-                self._driven_out[key] = _SOON
+            self.drove_out(pool.predict(store, chosen, 1, len(chosen)))
+
+    def choose(self, ranked: Sequence[Key], read: float, busy: float) -> list[Key]:
+        """Take a guess, best first, and say what is worth a read of so many seconds."""
+        self._latest = [expert for _, expert in ranked], self.clock()
+        worth = self.governor.worth(len(ranked), read, busy)
+        return [key for key, good in zip(ranked, worth, strict=True) if good]
+
+    def drove_out(self, keys: Iterable[Key]) -> None:
+        """Watch whether experts that left for guesses are missed soon."""
+        self._driven_out.update(dict.fromkeys(keys, _SOON))
 
     def check(self, wanted: Iterable[int], missing: Iterable[Key]) -> None:
         """Compare the latest guess with the experts that a request names."""
@@ -47,7 +57,7 @@ class Guesses:
         (ranked, at), self._latest = self._latest, None
         named = set(wanted)
         came_true = [expert in named for expert in ranked]
-        self.governor.observe(came_true, time.perf_counter() - at)
+        self.governor.observe(came_true, self.clock() - at)
         first = sum(came_true[: len(named)])
         self.made += 1
         self.asked += len(named)

@@ -56,7 +56,7 @@ def belady(future: Mapping[Key, list[int]]) -> Policy:
 
     def score(key: Key, usage: Usage, step: int) -> tuple[float, ...]:
         uses = future.get(key, [])
-        while uses and uses[-1] < step:
+        while uses and uses[-1] <= step:  # at `step` itself, what it needs is pinned
             uses.pop()
         return (-(uses[-1] if uses else _NEVER),)
 

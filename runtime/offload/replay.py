@@ -1,17 +1,26 @@
-"""Run a recorded trace through a cache of any size and policy, without a model or a disk.
+"""Run a recorded trace through caches of any size and policy, without a model or a disk.
 
-Replaying a run's own trace with its own slots and policy gives exactly its hits and misses: the
-cache goes by the order of events alone, and predictions are recorded with what they let in. For
-other sizes and policies predictions are left out, since other experts would have been let in.
+Replaying a run's own trace with its own slots, policy and predictions gives exactly its hits and
+misses: a cache goes by the order of events alone, and what predictions let in is recorded. Other
+settings are replayed with one of these predictions:
+
+    none       every expert is read when it is asked for
+    recorded   what the run's predictions let in
+    top-k      the first K of every prediction of the run, which a governor may have held back
+    perfect    each request is known when the one before it ends: a bound
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moecc.runtime.offload.cache import Cache
+from moecc.runtime.offload.cache import Admission, Cache
 from moecc.runtime.offload.policy import POLICIES, Key, Policy, belady
-from moecc.runtime.offload.trace import Event, Request
+from moecc.runtime.offload.trace import Event, Guess, Ranking, Request
+
+REPLAYED = (*POLICIES, "belady")
+"""Policies; `belady` knows the future."""
+PREDICTIONS = ("none", "recorded", "top-k", "perfect")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +32,18 @@ class Outcome:
     """Of each block."""
     asked: int
     hits: int
+    predicted: int = 0
+    """Loads that predictions started."""
 
     @property
     def misses(self) -> int:
-        """Experts that would have been read."""
+        """Experts that would have been read while somebody waits."""
         return self.asked - self.hits
+
+    @property
+    def loads(self) -> int:
+        """Experts that would have been read at all."""
+        return self.misses + self.predicted
 
     @property
     def hit_rate(self) -> float:
@@ -36,22 +52,31 @@ class Outcome:
 
 
 def replay(
-    events: Sequence[Event], slots: int, policy: str, *, predictions: bool = False
+    events: Sequence[Event], slots: int, policy: str, *, predictions: str = "none"
 ) -> Outcome:
-    """Replay the events of one pool; `policy` may be `belady`, which knows the future.
+    """Replay the events of one pool.
 
-    Raises `KeyError` for an unknown policy.
+    Raises `KeyError` for a policy that is not in `REPLAYED`.
     """
     requests = [event for event in events if isinstance(event, Request)]
-    cache = Cache(slots, _policy(policy, requests, slots))
-    hits = 0
+    cache = Cache(slots, new_policy(policy, requests, slots))
+    coming = iter(requests)
+    asked = hits = predicted = 0
+
+    def foresee() -> int:
+        following = next(coming, None) if predictions == "perfect" else None
+        return len(let_in(cache, first_keys(following, slots))) if following else 0
+
+    predicted += foresee()
     for event in events:
         if isinstance(event, Request):
-            hits += _request(cache, event)
-        elif predictions:
-            cache.predict(event.keys, cache.step + 1, len(event.keys))
-    asked = sum(len(request.experts) for request in requests)
-    return Outcome(policy=policy, slots=slots, asked=asked, hits=hits)
+            asked += len(event.experts)
+            for admitted in serve(cache, event):
+                hits += sum(one.hit for one in admitted)
+            predicted += foresee()
+        else:
+            predicted += len(let_in(cache, foretold(event, predictions)))
+    return Outcome(policy=policy, slots=slots, asked=asked, hits=hits, predicted=predicted)
 
 
 def groups_of(experts: Sequence[int], slots: int) -> list[list[int]]:
@@ -60,26 +85,55 @@ def groups_of(experts: Sequence[int], slots: int) -> list[list[int]]:
     return [list(experts[i : i + size]) for i in range(0, len(experts), size)]
 
 
-def _request(cache: Cache, request: Request) -> int:
-    """Ask for a request's experts in the order of `Bank.run`; count hits."""
+def serve(
+    cache: Cache, request: Request, submit: Callable[[list[Admission]], None] | None = None
+) -> Iterator[list[Admission]]:
+    """Ask for a request's experts as `Bank.run` does; gives each group when it is computed.
+
+    `submit` is told of experts as they are admitted, which may be a group ahead.
+    """
+
+    def ask(number: int) -> list[Admission]:
+        if number >= len(groups):
+            return []
+        admitted = cache.request([(request.block, expert) for expert in groups[number]])
+        if submit is not None:
+            submit(admitted)
+        return admitted
+
     groups = groups_of(request.experts, cache.slots)
     double = len(groups) > 1 and 2 * len(groups[0]) <= cache.slots
-    hits = 0
-    held: list[list[Key]] = []
-    for group in groups:
-        if held and not double:
-            cache.release(held.pop(0))
-        keys = [(request.block, expert) for expert in group]
-        hits += sum(one.hit for one in cache.request(keys))
-        held.append(keys)
-        if len(held) > 1:
-            cache.release(held.pop(0))
-    for keys in held:
-        cache.release(keys)
-    return hits
+    ahead = ask(0)
+    for number in range(len(groups)):
+        current = ahead
+        if double:
+            ahead = ask(number + 1)
+        yield current
+        cache.release(one.key for one in current)
+        if not double:
+            ahead = ask(number + 1)
 
 
-def _policy(name: str, requests: Sequence[Request], slots: int) -> Policy:
+def foretold(event: Guess | Ranking, predictions: str) -> Sequence[Key]:
+    """Say which experts an event of a run would let in, under the predictions of a replay."""
+    if isinstance(event, Ranking):
+        return event.keys[: event.active] if predictions == "top-k" else ()
+    return event.keys if predictions == "recorded" else ()
+
+
+def first_keys(request: Request, slots: int) -> list[Key]:
+    """List what a request asks for at first."""
+    groups = groups_of(request.experts, slots)
+    return [(request.block, expert) for expert in groups[0]] if groups else []
+
+
+def let_in(cache: Cache, keys: Sequence[Key]) -> list[Admission]:
+    """Admit experts that are predicted for the next request."""
+    return cache.predict(keys, cache.step + 1, len(keys))
+
+
+def new_policy(name: str, requests: Sequence[Request], slots: int) -> Policy:
+    """Make a policy; Belady's is told the future."""
     if name != "belady":
         return POLICIES[name]
     future: dict[Key, list[int]] = defaultdict(list)

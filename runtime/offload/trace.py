@@ -25,7 +25,17 @@ class Guess:
     keys: tuple[Key, ...]
 
 
-Event = Request | Guess
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """A prediction of a block's next request, whatever part of it was let in."""
+
+    keys: tuple[Key, ...]
+    """Likeliest first."""
+    active: int
+    """K: the first so many are what a token would ask for."""
+
+
+Event = Request | Guess | Ranking
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +55,8 @@ class Counts:
     """Of those, the ones that were asked for before they left."""
     wait_seconds: float = 0.0
     """Time in which a block waited for experts."""
+    late_seconds: float = 0.0
+    """Of it, what went to experts that were on their way already."""
 
     @property
     def misses(self) -> int:
@@ -64,7 +76,7 @@ class Trace:
     counts: Counts = field(default_factory=Counts)
     recording: bool = False
     events: list[Event] = field(default_factory=list[Event])
-    """Requests, and between them what predictions named."""
+    """Requests, and what was predicted; pools may share a list, for the order of all."""
 
     def add(self, request: Request, late: int) -> None:
         """Count a request, and keep it if asked to."""
@@ -74,6 +86,16 @@ class Trace:
         self.counts.late += late
         if self.recording:
             self.events.append(request)
+
+    def add_wait(self, seconds: float, foreseen: bool) -> None:
+        """Count time in which a block waited for an expert, foreseen or not."""
+        self.counts.wait_seconds += seconds
+        self.counts.late_seconds += seconds * foreseen
+
+    def add_ranking(self, keys: tuple[Key, ...], active: int) -> None:
+        """Keep a prediction, for replays that let in another part of it."""
+        if self.recording:
+            self.events.append(Ranking(keys=keys, active=active))
 
     def add_guess(self, keys: tuple[Key, ...]) -> None:
         """Keep which experts a prediction named."""

@@ -1,0 +1,183 @@
+"""Commands about experts on disk: trace, replay, profile and plan."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(rich_markup_mode="rich")
+
+Prompt = Annotated[
+    str, typer.Option("-p", "--prompt", help="Text to continue.", show_default=False)
+]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(help="A checkpoint folder in safetensors, or a hub id.", show_default=False),
+]
+Dtype = Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command(
+    epilog='Examples: [b]moecc trace benchmarks/reference -p "In the beginning" -o t.jsonl[/b] · '
+    '[b]moecc trace MODEL -p "..." -o t.jsonl --expert-memory 25% --policy lookahead[/b]'
+)
+def trace(
+    model: Checkpoint,
+    prompt: Prompt,
+    output: Output,
+    new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", min=2)] = 64,
+    expert_memory: Annotated[
+        str, typer.Option(help="How much of the experts is in memory, as 8GiB or 25%.")
+    ] = "100%",
+    policy: Annotated[str, typer.Option(help="Eviction: auto, lru, lfu or lookahead.")] = "auto",
+    lookahead: Annotated[
+        int | None, typer.Option(help="Layers ahead that are predicted; 0 is none.", min=0)
+    ] = None,
+    quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with MODEL, and record which experts each block asked for.
+
+    The cache is empty at the beginning of what is recorded. `moecc replay` reads the file.
+    """
+    from moecc import tracing
+
+    options: dict[str, Any] = {"expert_memory": expert_memory, "policy": policy}
+    options |= {"lookahead": "auto" if lookahead is None else lookahead}
+    options |= {"quantize": quantize or None}
+    made = tracing.run(model, prompt, new_tokens, output, options, dtype, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(tracing.to_dict(made), indent=2))
+    else:
+        tracing.print_traced(made, output, Console())
+
+
+@app.command(
+    epilog="Examples: [b]moecc replay t.jsonl[/b] · "
+    "[b]moecc replay t.jsonl --policy lru,belady --memory 25%,50% --predict none,perfect[/b] · "
+    "[b]moecc replay t.jsonl --memory 25% --predict governed --profile a100-pcie4[/b]"
+)
+def replay(
+    trace: Annotated[
+        Path, typer.Argument(help="A file of moecc trace.", show_default=False, metavar="TRACE")
+    ],
+    policy: Annotated[
+        str, typer.Option(help="lru, lfu, lookahead, and belady, which knows the future.")
+    ] = "lru,lfu,lookahead,belady",
+    memory: Annotated[str, typer.Option(help="Budgets as 8GiB or 25%; own is the run's.")] = "own",
+    predict: Annotated[
+        str,
+        typer.Option(
+            help="none; recorded (what the run let in); top-k (the first K of all predictions of "
+            "the run); perfect (a bound); with a profile governed, as the engine decides."
+        ),
+    ] = "none,recorded,perfect",
+    by_benefit: Annotated[
+        bool, typer.Option(help="Share budgets as the trace says that they help most.")
+    ] = False,
+    profile: Annotated[
+        str, typer.Option(help="Simulate times on hardware: a file of moecc profile, or a name.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Tell what other caches would have done in a recorded run, and how fast it would have been.
+
+    Exit status 1 if the run's own settings, replayed, do not give the counts of its engine.
+    """
+    from moecc import replaying
+    from moecc.runtime.offload import profile as profiles
+    from moecc.runtime.offload import recording
+
+    shown = replaying.run(
+        recording.read(trace),
+        policy.split(","),
+        memory.split(","),
+        predict.split(","),
+        profiles.read(profile) if profile else None,
+        by_benefit,
+    )
+    if as_json:
+        typer.echo(json.dumps(shown.to_dict(), indent=2))
+    else:
+        replaying.print_replayed(shown, Console())
+    if not shown.agrees:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples: [b]moecc profile benchmarks/reference -o here.toml[/b] · "
+    "[b]moecc replay t.jsonl --memory 25% --profile here.toml[/b]"
+)
+def profile(
+    model: Checkpoint,
+    output: Output,
+    prompt: Prompt = "In the beginning God created the heaven and the earth.",
+    new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", min=8)] = 32,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine with MODEL: its disk, its kernels and what a token takes beside them.
+
+    All experts have to fit in memory for that. The machine should have nothing else to do.
+    """
+    from dataclasses import asdict
+
+    from moecc import profiling
+
+    made = profiling.run(model, prompt, new_tokens, output, dtype, quiet=as_json)
+    typer.echo(json.dumps(asdict(made), indent=2) if as_json else output.read_text(), nl=as_json)
+
+
+@app.command(
+    epilog="Examples: [b]moecc plan CHECKPOINT --memory 8GiB[/b] · "
+    "[b]moecc plan deepseek_v3 --full --memory 10% --quantize int4[/b] · "
+    "[b]moecc plan CHECKPOINT --memory 25% --trace t.jsonl --profile here.toml[/b]"
+)
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint folder, a hub id, a transformers model type or file.py:factory.",
+            show_default=False,
+        ),
+    ],
+    memory: Annotated[str, typer.Option(help="For experts, as 8GiB or 25%.", show_default=False)],
+    full: Annotated[
+        bool,
+        typer.Option(
+            help="Of a model type, the size of its default configuration, not a tiny one."
+        ),
+    ] = False,
+    quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
+    trace: Annotated[
+        str, typer.Option(help="A file of moecc trace: slots go where they are hit most.")
+    ] = "",
+    profile: Annotated[
+        str, typer.Option(help="Hardware: files of moecc profile, or names.")
+    ] = "a100-pcie4,h100-pcie5,rtx4090",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Tell how many experts of each block fit, and how fast MODEL would decode.
+
+    No weight is read: the model is made on the meta device.
+    """
+    from moecc import planning
+    from moecc.passes.options import parse_memory
+    from moecc.runtime.offload import profile as profiles
+
+    budget = parse_memory(memory)
+    assert budget is not None
+    machines = [profiles.read(name) for name in profile.split(",")]
+    made = planning.run(model, budget, machines, quantize or None, trace or None, dtype, full)
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=2))
+    else:
+        planning.print_plan(made, Console())

@@ -1,0 +1,232 @@
+"""Tell what fits and how fast it would be, before any weight is read: `moecc plan`."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from moecc.checkpoint.folders import find_folder
+from moecc.checkpoint.packed import is_packed, read_manifest
+from moecc.checkpoint.recipes import layout_of
+from moecc.checkpoint.without_experts import Absent, make_skeleton, on_meta, take_out
+from moecc.codegen.decode_cost import LEGEND, Price, Step, formulas, price
+from moecc.footprint import other_bytes
+from moecc.loading import active_of
+from moecc.models import load_model
+from moecc.passes.options import Options
+from moecc.placement import place_experts, read_for
+from moecc.runtime.errors import ModelError, OptionError
+from moecc.runtime.offload.plan import Demand
+from moecc.runtime.offload.profile import Profile
+from moecc.runtime.offload.replay import replay
+from moecc.tiny import model_and_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Where the experts of one block go."""
+
+    demand: Demand
+    slots: int
+
+    @property
+    def bytes(self) -> int:
+        """Of its slots."""
+        return self.slots * self.demand.size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """What a machine makes of a plan."""
+
+    profile: str
+    tier: str
+    worst: Price
+    """At the hit rate of routing without any structure, or with a trace, of LRU on demand."""
+    best: Price
+    """With every expert there, or with a trace, at Belady's hit rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What fits."""
+
+    model: str
+    blocks: tuple[Block, ...]
+    other_bytes: int
+    """Of weights beside the experts, all of them in memory."""
+    step: Step
+    hits: tuple[float, float]
+    """Bounds of the hit rate: `Rate.worst` and `Rate.best`."""
+    traced: bool
+    rates: tuple[Rate, ...]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of experts in memory."""
+        return sum(block.bytes for block in self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain values."""
+        sums = {
+            "slot_bytes": self.slot_bytes,
+            "expert_bytes": sum(block.demand.bytes for block in self.blocks),
+            "cost": formulas(),
+        }
+        return asdict(self) | sums
+
+
+def run(
+    name: str,
+    memory: int | float,
+    profiles: Sequence[Profile],
+    quantize: str | None = None,
+    trace: str | None = None,
+    dtype: str = "auto",
+    full: bool = False,
+) -> Plan:
+    """Plan for a MODEL of the command line; `full` takes a model type at its published size.
+
+    Raises `ModelError` when it has no experts that moecc can leave elsewhere, `OptionError` when
+    the budget is below one token's demand.
+    """
+    model, demands = _demands(name, Options.parse({"quantize": quantize}), dtype, full)
+    slots = place_experts(demands, memory, trace)
+    blocks = tuple(Block(demand=one, slots=n) for one, n in zip(demands, slots, strict=True))
+    step = Step(
+        blocks=len(demands),
+        active_bytes=sum(one.active * one.size for one in demands),
+        other_bytes=other_bytes(model),
+    )
+    hits = _hits(blocks) if trace is None else _hits_of_trace(blocks, trace)
+    return Plan(
+        model=name,
+        blocks=blocks,
+        other_bytes=sum(one.nbytes for one in model.parameters()),
+        step=step,
+        hits=hits,
+        traced=trace is not None,
+        rates=tuple(
+            Rate(
+                profile=one.name,
+                tier=one.tier,
+                worst=price(step, one, hits[0]),
+                best=price(step, one, hits[1]),
+            )
+            for one in profiles
+        ),
+    )
+
+
+def _demands(name: str, options: Options, dtype: str, full: bool) -> tuple[nn.Module, list[Demand]]:
+    """Make the model without weights, take its experts out, and say what they need."""
+    sizes: dict[str, int] = {}
+    if (Path(name) / "config.json").is_file() or (name.count("/") == 1 and ":" not in name):
+        folder = find_folder(name)
+        model, absent = make_skeleton(folder, dtype)
+        if is_packed(folder):
+            if options.quantize is not None:
+                raise OptionError(f"{name!r} is packed already; leave --quantize out")
+            sizes = {block.path: block.layout.size for block in read_manifest(folder).blocks}
+    else:
+        if name.rpartition(":")[0].endswith(".py"):
+            model = load_model(name, dtype).model.to("meta")
+        else:
+            wanted = "bfloat16" if full and dtype == "auto" else dtype  # as published models have
+            model = on_meta(*model_and_config(name, full), wanted)
+        absent = tuple(take_out(model))
+    if not absent:
+        raise ModelError(f"{name!r} has no experts that moecc can read one by one")
+    active = active_of(model)
+
+    def size(one: Absent) -> int:
+        return layout_of(one, options.schemes(one.path))[0].size
+
+    return model, [
+        Demand(
+            name=one.path,
+            experts=len(one.tensors[0]),
+            active=active,
+            size=sizes.get(one.path) or size(one),
+        )
+        for one in absent
+    ]
+
+
+def _hits(blocks: Sequence[Block]) -> tuple[float, float]:
+    """Bound the hit rate of unknown routing: experts chosen by chance, and always the same."""
+    asked = sum(block.demand.active for block in blocks)
+    chance = sum(block.demand.active * block.slots / block.demand.experts for block in blocks)
+    return chance / asked, 1.0
+
+
+def _hits_of_trace(blocks: Sequence[Block], trace: str) -> tuple[float, float]:
+    """Give the hit rates of LRU and Belady with these slots."""
+    recording = read_for([block.demand for block in blocks], trace)
+    rates: list[float] = []
+    for policy in ("lru", "belady"):
+        outcomes = [
+            replay(recording.of_block(number), block.slots, policy)
+            for number, block in enumerate(blocks)
+        ]
+        asked = sum(one.asked for one in outcomes)
+        rates.append(sum(one.hits for one in outcomes) / asked if asked else 1.0)
+    return rates[0], rates[1]
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print slots by block, what is in memory, and what to expect of each machine."""
+    table = Table("experts of", "in memory", box=None, pad_edge=False)
+    for column in ("MB each", "slots", "MB"):
+        table.add_column(column, justify="right")
+    for _, group in itertools.groupby(
+        plan.blocks, key=lambda block: (block.slots, block.demand.size)
+    ):
+        same = list(group)
+        demand, slots = same[0].demand, same[0].slots
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        where = "all of them" if slots >= demand.experts else "as they are asked for"
+        megabytes = sum(block.bytes for block in same) / 1e6
+        cells = (f"{demand.size / 1e6:.2f}", f"{slots}/{demand.experts}", f"{megabytes:,.1f}")
+        table.add_row(demand.name + more, where, *cells)
+    console.print(table)
+    total = sum(block.demand.bytes for block in plan.blocks)
+    console.print(
+        f"{_size(plan.slot_bytes)} of {_size(total)} of experts in memory, beside "
+        f"{_size(plan.other_bytes)} of other weights, which are there whole; a token reads "
+        f"{_size(plan.step.active_bytes)} of experts",
+        soft_wrap=True,
+        highlight=False,
+    )
+    what = "LRU, Belady" if plan.traced else "experts by chance, always the same"
+    low, high = (f"{rate:.1%}" for rate in plan.hits)
+    console.print(f"hit rate {low} to {high} ({what})\n", highlight=False)
+    rates = Table("tokens/s", "tier", box=None, pad_edge=False)
+    for column in (
+        f"hits {low}",
+        "reads hidden",
+        f"hits {high}",
+        "reads hidden",
+        "enough hits",
+    ):
+        rates.add_column(column, justify="right")
+    for one in plan.rates:
+        cells = (one.worst.on_demand, one.worst.hidden, one.best.on_demand, one.best.hidden)
+        enough = f"{one.worst.enough_hits:.1%}"
+        rates.add_row(one.profile, one.tier, *(f"{cell:.2f}" for cell in cells), enough)
+    console.print(rates)
+    told = formulas()
+    lines = [f"tokens/s  {told['on demand']}", f"hidden    {told['hidden']}"]
+    lines.append(", ".join(f"{sign} {text}" for sign, text in LEGEND.items()))
+    lines.append("enough hits: from there on hidden reads take less than computing")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

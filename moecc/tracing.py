@@ -1,0 +1,122 @@
+"""Record what a run asks of its cache of experts: `moecc trace`."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from moecc.checkpoint.folders import find_folder
+from moecc.demo import check_length, counting, live_line
+from moecc.footprint import other_bytes
+from moecc.generate import compiled, generate
+from moecc.lenders import banks_of
+from moecc.loading import demands_of, load
+from moecc.models import load_tokenizer
+from moecc.runtime.offload.pool import Pool
+from moecc.runtime.offload.recording import Pooled, Recording, write
+from moecc.runtime.offload.trace import Counts, Event
+
+_FEW = 4
+"""New tokens that compile both graphs: a prefill and decoding steps."""
+
+
+def run(
+    name: str,
+    prompt: str,
+    new_tokens: int,
+    output: Path,
+    options: dict[str, Any],
+    dtype: str,
+    quiet: bool,
+) -> Recording:
+    """Load with `moecc.load`, generate once, compiled, and write every event from the first.
+
+    Raises what `moecc.load` does, and `ModelError` for a model without a tokenizer or with too
+    short a context.
+    """
+    with live_line(f"loading {name}", quiet) as tell:
+        folder = find_folder(name)
+        tokenizer = load_tokenizer(str(folder))
+        model = load(folder, dtype=dtype, **options)
+        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+        check_length(name, model, ids.shape[1] + new_tokens)
+        with compiled(model, options):
+            generate(model, ids, _FEW, counting(tell, _FEW, "compiling"))
+            with recorded(model, name, options) as recording:
+                timing = generate(model, ids, new_tokens, counting(tell, new_tokens, "tracing"))
+    made = recording(timing.decode_rate)
+    write(made, output)
+    return made
+
+
+@contextmanager
+def recorded(
+    model: nn.Module, name: str, options: dict[str, Any]
+) -> Generator[Callable[[float], Recording]]:
+    """Record what a model that `moecc.load` loaded asks of empty caches inside.
+
+    Gives what makes the recording afterwards, of the measured tokens a second.
+    """
+    events: list[Event] = []
+    pools = list(dict.fromkeys(bank.pool for bank in banks_of(model)))
+    before = [replace(pool.trace.counts) for pool in pools]
+    for pool in pools:
+        with pool.lock:
+            for key in list(pool.cache):
+                pool.cache.drop(key)
+            pool.trace.recording, pool.trace.events = True, events  # one list: the order of all
+    policy = options.get("policy", "auto")
+
+    def make(decode_rate: float) -> Recording:
+        banks = banks_of(model)
+        return Recording(
+            model=name,
+            policy="lru" if policy == "auto" else policy,
+            blocks=tuple(demands_of(model, [bank.store for bank in banks])),
+            pool_of=tuple(pools.index(bank.pool) for bank in banks),
+            pools=tuple(map(_counted, pools, before)),
+            other_bytes=other_bytes(model),
+            decode_rate=decode_rate,
+            events=tuple(events),
+        )
+
+    try:
+        yield make
+    finally:
+        for pool in pools:
+            pool.trace.recording, pool.trace.events = False, []
+
+
+def _counted(pool: Pool, before: Counts) -> Pooled:
+    """Say what a pool counted since."""
+    after = pool.trace.counts
+    return Pooled(
+        slots=pool.slots,
+        asked=after.experts - before.experts,
+        hits=after.hits - before.hits,
+        predicted=after.predicted - before.predicted,
+    )
+
+
+def to_dict(recording: Recording) -> dict[str, Any]:
+    """Give everything but the events as plain values."""
+    return asdict(replace(recording, events=())) | {"events": len(recording.events)}
+
+
+def print_traced(recording: Recording, output: Path, console: Console) -> None:
+    """Say what was recorded and what to do with it."""
+    asked = sum(pool.asked for pool in recording.pools)
+    hits = sum(pool.hits for pool in recording.pools)
+    slots = sorted({pool.slots for pool in recording.pools})
+    console.print(
+        f"{len(recording.events)} events of {len(recording.blocks)} blocks in {str(output)!r}; "
+        f"{hits} hits of {asked} with {slots} slots",
+        markup=False,
+        highlight=False,
+    )
+    console.print(f"moecc replay {output} tells what other settings would do", highlight=False)

@@ -1,0 +1,43 @@
+"""The benchmark of lent experts, at a size of seconds."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import offload
+
+ARGUMENTS = """
+    --inner eager --widen 1 --new-tokens 6 --rounds 2 --memory 50%
+    --json out.json --plot plots --timeline timeline.json
+"""
+CONTENDERS = "no cache,lru,lru + prefetch"
+
+
+def test_tables_plots_and_timeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["offload", *ARGUMENTS.split(), "--contenders", CONTENDERS])
+    offload.main()
+    told = json.loads(Path("out.json").read_text())
+    rows = {row["contender"]: row for row in told["results"]}
+    assert list(rows) == ["no cache", "lru", "lru + prefetch", "oracle", "bound"]
+    assert rows["no cache"]["hit_rate"] == 0 < rows["lru"]["hit_rate"]
+    assert rows["lru"]["megabytes_per_token"] < rows["no cache"]["megabytes_per_token"]
+    assert all(rows[name]["same_tokens"] for name in ("no cache", "lru", "lru + prefetch"))
+    for name in ("lru", "lru + prefetch"):
+        parts = ("experts", "model", "demand_wait", "prefetch_wait", "overhead")
+        decoded = sum(rows[name][part] for part in parts) / 1e3
+        slowest, fastest = rows[name]["spread"]
+        assert 0.99 / fastest <= decoded <= 1.01 / slowest
+    assert rows["lru"]["prefetch_wait"] == 0
+    assert "all gave the same tokens" in capsys.readouterr().out
+    assert {file.name for file in Path("plots").iterdir()} == {"speed.svg", "hits.svg"}
+    events = json.loads(Path("timeline.json").read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert tracks >= {"model", "moecc-reader-0"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert all(span["dur"] >= 0 <= span["ts"] for span in spans)
+    assert sum(span["name"].startswith("block ") for span in spans) >= 6 * 6
