@@ -39,9 +39,18 @@ def choose(
         return reference.emit(spec), tuple(declined)
 
 
+_specs: dict[str, KernelSpec] = {}
+
+
 def install_kernel(kernel: Kernel, emitter: str = "auto") -> None:
     """Make a kernel callable from graphs, also for experts that are not all in memory."""
+    _specs[kernel.key] = kernel.spec
     ops.install(kernel.key, kernel.run, partial(_adder, kernel.spec, emitter))
+
+
+def spec_of(key: str) -> KernelSpec:
+    """Give the spec of a kernel that was installed, by its key in graphs."""
+    return _specs[key]
 
 
 @cache

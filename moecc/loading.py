@@ -152,15 +152,17 @@ def make_banks(
     stores: Sequence[Store],
     schemes: Sequence[Schemes | None],
     options: Options,
+    active: Sequence[int] = (),
 ) -> list[Bank]:
     """Give every block its share of the budget, and a bank.
 
-    Raises `OptionError` when the budget is below one token's demand.
+    `active` has each block's K, by default the configuration's. Raises `OptionError` when the
+    budget is below one token's demand.
     """
-    active = _active(model)
+    active = active or [_active(model)] * len(stores)
     demands = [
-        Demand(name=store.name, experts=store.experts, active=active, size=store.layout.size)
-        for store in stores
+        Demand(name=store.name, experts=store.experts, active=one, size=store.layout.size)
+        for store, one in zip(stores, active, strict=True)
     ]
     memory = 1.0 if options.expert_memory is None else options.expert_memory
     policy = POLICIES["lru" if options.policy == "auto" else options.policy]

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo import mark_static
 
 from moecc.codegen.activation import evaluate
-from moecc.codegen.emit import choose
+from moecc.codegen.emit import choose, install_kernel
 from moecc.codegen.reference import split_gate_up
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.observe.block import attributes, observe_modules, observe_stacked
@@ -24,7 +24,7 @@ from moecc.observe.recorder import Slice
 from moecc.observe.rewrite import Weight, write_with
 from moecc.observe.unrecordable import Unrecordable
 from moecc.runtime import ops
-from moecc.runtime.bank import Bank, refresh
+from moecc.runtime.bank import Bank
 from moecc.runtime.modules import named_modules
 from moecc.runtime.schemes.scheme import Schemes
 
@@ -69,6 +69,7 @@ def learn(
         expert, count = stacked.expert, stacked.count
         weights = _in_place(expert, count)
     kernel, declined = choose(_spec(module, expert, count, weights), kernels, schemes)
+    install_kernel(kernel, kernels)
     call = _experts_call(kernel)
     inner = {one for each in experts for one in each.modules()}
     return Recipe(
@@ -227,8 +228,7 @@ def _experts_call(kernel: Kernel) -> Callable[..., torch.Tensor]:
             rows = evaluate(spec.activation, **leaves)
             terms = linear(rows, ids, down, down_bias, spec.down_transposed)
             return torch.ops.moecc.combine(terms, weights).to(hidden.dtype)
-        refresh(gate_up)
-        ops.calls[kernel.key] += 1
-        return kernel.run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, None)
+        vectors = (gate_up_bias, down_bias)
+        return ops.run_experts(hidden, ids, weights, gate_up, down, *vectors, up, None, kernel.key)
 
     return experts
