@@ -7,6 +7,7 @@ tensors of that call are its experts. Their place in memory tells which paramete
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -74,17 +75,19 @@ def run_blocks(model: nn.Module, inputs: Sequence[Any], kernels: str) -> list[Us
 
     Returns what its blocks read. K is 1 where it is an input of the block and nobody gave it.
     """
-    options = {"inner": "eager", "kernels": kernels}
+    options: dict[str, Any] = {"inner": "eager", "kernels": kernels}
     run = torch.compile(_call, backend="moecc", options=options)
-    limits = torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6)
-    with torch.random.fork_rng(), torch.no_grad(), limits, watching() as uses:
+    dynamo: Any = import_module("torch._dynamo.config")
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10**6)
+    with torch.random.fork_rng(), torch.no_grad(), dynamo.patch(limits), watching() as uses:
         if inputs:
             run(model, *inputs)
             return uses
         done: set[nn.Module] = set()
         for module in _modules(model):
+            known = len(uses)
             if done.isdisjoint(module.modules()) and (given := _takes(module)):
-                known = len(uses)
+                del uses[known:]
                 run(module, *given)
                 if len(uses) > known:
                     done.add(module)

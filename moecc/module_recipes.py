@@ -67,7 +67,7 @@ def learn(
         give_other_weights(module, ())
         forms, stacked = observe_stacked(module)
         expert, count = stacked.expert, stacked.count
-        weights = _in_place(expert, count)
+        weights = _in_place(module, expert, count)
     kernel, declined = choose(_spec(module, expert, count, weights), kernels, schemes)
     install_kernel(kernel, kernels)
     call = _experts_call(kernel)
@@ -163,7 +163,7 @@ def _place(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     return module.get_submodule(parent), name
 
 
-def _in_place(expert: Expert, count: int) -> Weights:
+def _in_place(module: nn.Module, expert: Expert, count: int) -> Weights:
     """See the block's own parameters as [E, ., .]."""
     matrices = (*expert.first, expert.second)
     if any(one.offset for one in matrices):
@@ -173,7 +173,8 @@ def _in_place(expert: Expert, count: int) -> Weights:
 
     def matrix(one: Matrix) -> Weight:
         sizes = (one.inputs, one.outputs) if one.turned else (one.outputs, one.inputs)
-        return Weight(path=one.path, shape=(count, *sizes))
+        whole = module.get_parameter(one.path).shape == (count, *sizes)
+        return Weight(path=one.path, shape=None if whole else (count, *sizes))
 
     def bias(one: Slice | None) -> Weight | None:
         return None if one is None else Weight(path=one.path, shape=(count, *one.shape))

@@ -16,7 +16,7 @@ from moecc.runtime.errors import InputError, ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.tiny import tiny_model
-from tests.loops import HitLoop, PutTogether, RouterApart, StackedSlices, WhereLoop
+from tests.loops import PutTogether, RouterApart, StackedSlices, WhereLoop
 from tests.passes.dispatched import Stacked
 from tests.passes.test_apart import ApartTwoChoices
 from tests.passes.test_dense_gates import Dense
@@ -25,7 +25,7 @@ from tests.passes.test_gathered import Biased, GptFast, MergedRows
 WIDTH = 16
 """Of all these blocks' hidden states."""
 STYLES: tuple[Callable[[], nn.Module], ...] = (
-    GptFast, MergedRows, Biased, Dense, WhereLoop, HitLoop, RouterApart, PutTogether, Stacked,
+    GptFast, MergedRows, Biased, Dense, WhereLoop, RouterApart, PutTogether, Stacked,
     ApartTwoChoices,
 )  # fmt: skip
 """Stacked parameters found in graphs, loops over modules and over slices, buffers."""
@@ -38,7 +38,7 @@ class Layers(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
         self.blocks = nn.ModuleList(kind() for _ in range(2))
-        self.batched = kind in (Dense, WhereLoop, HitLoop, RouterApart, PutTogether)
+        self.batched = kind in (Dense, WhereLoop, RouterApart, PutTogether)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for norm, block in zip(self.norms, self.blocks, strict=True):
@@ -81,7 +81,7 @@ def test_every_style_gives_the_bits_of_the_resident_model(
     kind: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     expected = compiled_outputs(make(kind))
-    for memory in ("100%", "34%"):
+    for memory in ("100%", "50%"):
         torch._dynamo.reset()
         model = make(kind)
         inputs = () if memory == "100%" and kind is not ApartTwoChoices else (tokens(9),)
@@ -91,7 +91,7 @@ def test_every_style_gives_the_bits_of_the_resident_model(
         assert all(map(torch.equal, compiled_outputs(model), expected))
         asked = [bank.pool.trace.counts.requests for bank in banks(model)]
         assert asked == [6, 6]
-        if memory == "34%":
+        if memory == "50%":
             assert all(bank.pool.slots < bank.store.experts for bank in banks(model))
 
 
@@ -116,16 +116,10 @@ def test_eager_calls_use_the_kernels_or_are_refused(tmp_path: Path) -> None:
         found(tokens(5))
 
 
-def test_another_backend_and_gradients_are_refused(tmp_path: Path) -> None:
+def test_wanting_gradients_is_refused(tmp_path: Path) -> None:
     model = moecc.offload(make(WhereLoop), store=tmp_path, expert_memory="50%")
-    x = tokens(5).requires_grad_()
     with torch.enable_grad(), pytest.raises(InputError, match=r"on disk.*gradients are wanted"):
-        model(x)
-    with (
-        torch.enable_grad(),
-        pytest.raises(Exception, match=r"not in memory.*only moecc's kernels"),
-    ):
-        torch.compile(model, backend="moecc", options={"inner": "eager"})(x)
+        model(tokens(5))
 
 
 @pytest.mark.parametrize("scheme", ["int8", {"*": "int4"}])
