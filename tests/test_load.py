@@ -200,6 +200,15 @@ def test_compiled_it_gives_the_bits_of_the_compiled_resident_model(
     assert all(bank.pool.trace.counts.requests == 3 for bank in banks(model))
 
 
+def test_compiling_for_another_scheme_is_refused(checkpoint: Callable[..., Path]) -> None:
+    model: Any = moecc.load(checkpoint("qwen3_moe"), quantize="int8")
+    for other in ("int4", {"*.down_proj": "int4", "*": "int8"}, "4.5bpw"):
+        with pytest.raises(OptionError, match=r"quantize=.*were loaded in int8; leave it out"):
+            torch.compile(model, backend="moecc", options={"quantize": other})
+    for same in ("int8", None, {"elsewhere.*": "int4"}):
+        torch.compile(model, backend="moecc", options={"quantize": same})
+
+
 @pytest.fixture
 def damaged(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy of a sharded checkpoint, to be damaged."""

@@ -2,8 +2,9 @@
 
 A block's top-k is one request: the experts that are there compute while the others arrive, in
 ascending order, so that the sum has the bits of a call with all experts in memory. When a call
-needs more experts than there are slots, as in prefill, it takes them in groups of half the slots,
-and reads one group while it computes the other; each expert is read once.
+needs more experts than there are slots, as in prefill, it takes them in groups of a quarter of the
+slots, and reads one group while it computes the other; each expert is read once, and what was there
+already stays until it is computed.
 """
 
 import time
@@ -66,18 +67,17 @@ class Bank:
             hits = late = 0
             pinned: list[Admission] = []
             try:
-                ahead = self._request(groups[0], pinned) if groups else []
+                ahead = self._request(groups, 0, pinned)
                 for number in range(len(groups)):
                     current = ahead
                     hits += sum(one.hit for one in current)
                     late += sum(one.hit and self.pool.is_late(one.key) for one in current)
-                    following = groups[number + 1] if number + 1 < len(groups) else []
                     if double:
-                        ahead = self._request(following, pinned)
+                        ahead = self._request(groups, number + 1, pinned)
                     self._add(add, current, onto, hidden, ids, weights, *biases)
                     self._release(current, pinned)
                     if not double:
-                        ahead = self._request(following, pinned)
+                        ahead = self._request(groups, number + 1, pinned)
             finally:
                 self._release(list(pinned), pinned)
             request = Request(
@@ -99,8 +99,14 @@ class Bank:
         with self.pool.lock:
             self.guesses.make(ranked, self.pool, self.store)
 
-    def _request(self, experts: Sequence[int], pinned: list[Admission]) -> list[Admission]:
-        admitted = self.pool.request(self.store, self._keys(experts)) if experts else []
+    def _request(
+        self, groups: Sequence[Sequence[int]], number: int, pinned: list[Admission]
+    ) -> list[Admission]:
+        """Ask for a group, if there are so many, and say what comes after it."""
+        if number >= len(groups):
+            return []
+        then = [expert for group in groups[number + 1 :] for expert in group]
+        admitted = self.pool.request(self.store, self._keys(groups[number]), self._keys(then))
         pinned += admitted
         return admitted
 

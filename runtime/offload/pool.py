@@ -39,13 +39,16 @@ class Pool:
         """How many experts fit."""
         return self.cache.slots
 
-    def request(self, store: Store, keys: Sequence[Key]) -> list[Admission]:
+    def request(
+        self, store: Store, keys: Sequence[Key], then: Sequence[Key] = ()
+    ) -> list[Admission]:
         """Admit and pin experts that are about to be used; those that miss are on their way.
 
-        Raises `InputError` when they do not fit beside what is pinned.
+        `then` are what the same call asks for next. Raises `InputError` when `keys` do not fit
+        beside what is pinned.
         """
         self._drop_failed(keys)
-        admitted = self.cache.request(keys)
+        admitted = self.cache.request(keys, then)
         for one in admitted:
             if one.hit and one.slot in self._loads:
                 self.link.promote(self._loads[one.slot])
@@ -96,8 +99,7 @@ class Pool:
         """
         with self.lock:
             self._foretold.difference_update(self.cache.shrink(slots))
-            for slot in [slot for slot in self._loads if slot >= slots]:
-                self._stop(slot)
+            self._stop([slot for slot in self._loads if slot >= slots])
             rest = up_to(slots * self.layout.size, mmap.PAGESIZE)
             if rest < len(self._memory):
                 self._memory.madvise(mmap.MADV_DONTNEED, rest)
@@ -107,9 +109,9 @@ class Pool:
         missing = [one for one in admitted if not one.hit]
         self._foretold.difference_update(one.evicted for one in missing)
         try:
+            self._stop([one.slot for one in missing])
             while missing:
                 one = missing[0]
-                self._stop(one.slot)
                 load = Load(store, one.key[1], self.records[one.slot], priority)
                 self.link.submit(load)
                 self._loads[one.slot] = load
@@ -118,10 +120,11 @@ class Pool:
             for one in missing:
                 self.cache.drop(one.key)
 
-    def _stop(self, slot: int) -> None:
-        """Make sure that nobody writes to a slot for an expert that left it."""
-        if slot in self._loads:
-            self.link.cancel(self._loads[slot])
+    def _stop(self, slots: Sequence[int]) -> None:
+        """Make sure that nobody writes to slots for experts that left them."""
+        leaving = [slot for slot in slots if slot in self._loads]
+        self.link.cancel([self._loads[slot] for slot in leaving])
+        for slot in leaving:
             del self._loads[slot]
 
     def _drop_failed(self, keys: Sequence[Key]) -> None:

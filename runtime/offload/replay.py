@@ -55,8 +55,12 @@ def replay(
 
 
 def groups_of(experts: Sequence[int], slots: int) -> list[list[int]]:
-    """Split a request that needs more experts than there are slots, as a bank does."""
-    size = slots if len(experts) <= slots else max(1, slots // 2)
+    """Split a request that needs more experts than there are slots, as a bank does.
+
+    Two groups, one that is computed and one that is read, take half of the slots; what is in the
+    others stays until its turn comes.
+    """
+    size = slots if len(experts) <= slots else max(1, slots // 4)
     return [list(experts[i : i + size]) for i in range(0, len(experts), size)]
 
 
@@ -66,11 +70,12 @@ def _request(cache: Cache, request: Request) -> int:
     double = len(groups) > 1 and 2 * len(groups[0]) <= cache.slots
     hits = 0
     held: list[list[Key]] = []
-    for group in groups:
+    for number, group in enumerate(groups):
         if held and not double:
             cache.release(held.pop(0))
         keys = [(request.block, expert) for expert in group]
-        hits += sum(one.hit for one in cache.request(keys))
+        then = [(request.block, expert) for later in groups[number + 1 :] for expert in later]
+        hits += sum(one.hit for one in cache.request(keys, then))
         held.append(keys)
         if len(held) > 1:
             cache.release(held.pop(0))
