@@ -56,7 +56,7 @@ def lenders_of(model: nn.Module) -> list[tuple[str, Lender]]:
 
 
 def check_schemes(model: nn.Module, options: Options) -> None:
-    """Raise `OptionError` when a model is compiled for schemes that its lent experts do not have."""
+    """Raise `OptionError` when a model is compiled for schemes that lent experts do not have."""
     if options.quantize is None:
         return
     for path, lender in lenders_of(model):

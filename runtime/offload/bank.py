@@ -111,7 +111,7 @@ class Bank:
         return admitted
 
     def _release(self, admitted: list[Admission], pinned: list[Admission]) -> None:
-        self.pool.cache.release(one.key for one in admitted)
+        self.pool.release(admitted)
         done = {one.key for one in admitted}
         pinned[:] = [one for one in pinned if one.key not in done]
 
@@ -139,7 +139,7 @@ class Bank:
             table.fill(-1)
             for one in admitted[start:end]:
                 table[one.key[1]] = one.slot
-            add(onto, torch.from_numpy(table), *inputs, *experts)
+            add(onto, torch.from_numpy(table).to(onto.device), *inputs, *experts)
             start = end
 
     def _keys(self, experts: Sequence[int]) -> list[Key]:

@@ -1,13 +1,17 @@
 """Move experts from disk into slots: the loads on their way, and the threads that read them."""
 
+import mmap
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import torch
 
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.load import DEMAND, Load
 from moecc.runtime.offload.readers import State, close, remove, start_readers
+from moecc.runtime.offload.record import Layout, new_records
 from moecc.runtime.offload.store import Files
 
 READERS = 4
@@ -30,6 +34,17 @@ class Link:
         self._state = State(limit=limit)
         self._closing = weakref.finalize(self, close, self._state)
         _links.add(self)
+
+    def new_slots(self, count: int, layout: Layout) -> tuple[mmap.mmap, torch.Tensor]:
+        """Allocate slots, uint8 [count, size], and give what holds their memory."""
+        return new_records(count, layout)
+
+    def arrived(self, load: Load) -> bool:
+        """Tell whether an expert is there, or will never be."""
+        return load.done
+
+    def used(self, slots: Iterable[torch.Tensor]) -> None:
+        """Do nothing: kernels that were called have read their slots."""
 
     def submit(self, load: Load) -> None:
         """Start reading an expert."""

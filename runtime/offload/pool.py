@@ -6,11 +6,13 @@ import threading
 import weakref
 from collections.abc import Sequence
 
+from moecc.runtime.errors import InputError
 from moecc.runtime.offload.cache import Admission, Cache
+from moecc.runtime.offload.device_link import DeviceLink
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import DEMAND, Load
 from moecc.runtime.offload.policy import Key, Policy
-from moecc.runtime.offload.record import Layout, new_records, up_to
+from moecc.runtime.offload.record import Layout, up_to
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Trace
 
@@ -21,13 +23,13 @@ class Pool:
     Calls are made one at a time, by whoever holds `lock`.
     """
 
-    def __init__(self, layout: Layout, slots: int, policy: Policy, link: Link) -> None:
+    def __init__(self, layout: Layout, slots: int, policy: Policy, link: Link | DeviceLink) -> None:
         """Make room for so many experts; memory is taken as they come."""
         self.layout, self.link = layout, link
         self.lock = threading.RLock()
         self.cache = Cache(slots, policy)
         self.trace = Trace()
-        self._memory, self.records = new_records(slots, layout)
+        self._memory, self.records = link.new_slots(slots, layout)
         self.tensors = layout.tensors(self.records)
         self._loads: dict[int, Load] = {}
         """Who writes to each slot, or did and nobody has looked since."""
@@ -79,7 +81,7 @@ class Pool:
         """Tell whether an admitted expert is still on its way, or failed to come."""
         slot = self.cache.slot(key)
         load = self._loads.get(slot)
-        if load is not None and load.done and not load.failed:
+        if load is not None and self.link.arrived(load) and not load.failed:
             del self._loads[slot]
             return False
         return load is not None
@@ -92,12 +94,20 @@ class Pool:
             self.link.wait(load)
             del self._loads[slot]
 
+    def release(self, admitted: Sequence[Admission]) -> None:
+        """Unpin experts; the kernels that read them have been called."""
+        self.link.used(self.records[one.slot] for one in admitted)
+        self.cache.release(one.key for one in admitted)
+
     def shrink(self, slots: int) -> None:
         """Give the memory of all but so many slots back.
 
-        Raises `InputError` when an expert in one of them is in use, or there are not so many.
+        Raises `InputError` when an expert in one of them is in use, there are not so many, or they
+        are on a device, where memory is given back whole.
         """
         with self.lock:
+            if self._memory is None:
+                raise InputError("slots on a device cannot be given up one by one")
             self._foretold.difference_update(self.cache.shrink(slots))
             self._stop([slot for slot in self._loads if slot >= slots])
             rest = up_to(slots * self.layout.size, mmap.PAGESIZE)
