@@ -4,6 +4,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from moecc.codegen.native.build import cache_folder
 from moecc.passes.options import Options
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.device import new_device
+from moecc.runtime.offload.device_link import DeviceLink, hold_in_memory
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand, share_slots
-from moecc.runtime.offload.policy import POLICIES
+from moecc.runtime.offload.policy import POLICIES, Policy
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.record import new_records
 from moecc.runtime.offload.resident import Resident
@@ -39,6 +42,7 @@ def load(
     name: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -52,6 +56,9 @@ def load(
     experts are never all in memory; with both, into a packed store beside moecc's other caches,
     once. `progress` is called meanwhile with the bytes done and all of them.
 
+    On a CUDA `device`, experts are in pinned host memory, and come into slots there, as many as
+    `expert_memory` allows. So far this takes `kernels="torch"`.
+
     The model computes with moecc's kernels at once; compile it for the rest:
 
         model = moecc.load("org/name", expert_memory="8GiB")
@@ -63,19 +70,57 @@ def load(
     when there is no such model, `StoreError` when its files are damaged.
     """
     chosen = Options.parse(options)
+    if torch.device(device).type != "cpu":
+        _check_device(chosen)
     folder = find_folder(str(name))
     if is_packed(folder):
         model, absent, lenders = _load_packed(folder, dtype, chosen)
     else:
         read_headers(shards(folder))  # names what is damaged, before transformers stumbles over it
         model, absent, lenders = _load_checkpoint(folder, dtype, chosen, progress)
+    model.to(device)
+    lenders = _on_device(lenders, torch.device(device), chosen)
     for one, lender in zip(absent, lenders, strict=True):
-        put_in(one.module, list(one.names), list(one.tensors), lender)
+        put_in(one.module, list(one.names), list(one.tensors), lender, device)
     from moecc import backend, capture
 
     assert backend.moecc  # importing it installs the hooks
     capture.adopt(model, chosen)
     return model.eval()
+
+
+def _check_device(options: Options) -> None:
+    """Raise `OptionError` for what no kernel of a device can do yet."""
+    if options.quantize is not None:
+        raise OptionError("quantize is for experts on the CPU so far; leave it or device out")
+    if options.expert_memory is not None and options.kernels != "torch":
+        raise OptionError(
+            f"kernels={options.kernels!r} read no experts from slots on a device yet; "
+            "kernels='torch' does"
+        )
+
+
+def _on_device(
+    lenders: Sequence[Lender], device: torch.device, options: Options
+) -> Sequence[Lender]:
+    """Keep the experts of banks in host memory, and their slots on the device."""
+    other = new_device(device)
+    if other is None:
+        return lenders
+    link, policy = DeviceLink(other), _policy(options)
+    return [
+        replace(
+            bank,
+            store=hold_in_memory(bank.store, bank.pool.link, other),
+            pool=Pool(bank.store.layout, bank.pool.slots, policy, link),
+        )
+        for bank in lenders
+        if isinstance(bank, Bank) and isinstance(bank.pool.link, Link)
+    ]
+
+
+def _policy(options: Options) -> Policy:
+    return POLICIES["lru" if options.policy == "auto" else options.policy]
 
 
 _Loaded = tuple[nn.Module, Sequence[Absent], Sequence[Lender]]
@@ -165,7 +210,7 @@ def make_banks(
         for store, one in zip(stores, active, strict=True)
     ]
     memory = 1.0 if options.expert_memory is None else options.expert_memory
-    policy = POLICIES["lru" if options.policy == "auto" else options.policy]
+    policy = _policy(options)
     link = Link()
     slots = share_slots(demands, memory)
     return [

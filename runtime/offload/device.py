@@ -85,3 +85,8 @@ class Cuda:
     def finish(self, event: torch.cuda.Event) -> None:
         """Let the host wait."""
         event.synchronize()
+
+
+def new_device(device: torch.device) -> Device | None:
+    """Give what moves bytes to a device; None for the CPU, where nothing has to."""
+    return Cuda(device) if device.type == "cuda" else None

@@ -42,9 +42,11 @@ class Lender(Protocol):
         ...
 
 
-def stand_in(like: torch.Tensor, lender: Lender) -> nn.Parameter:
+def stand_in(
+    like: torch.Tensor, lender: Lender, device: torch.device | str = "cpu"
+) -> nn.Parameter:
     """Make a parameter of the shape and dtype of `like`, bound to a lender."""
-    row = torch.full(like.shape[-1:], torch.nan, dtype=like.dtype, device="cpu")
+    row = torch.full(like.shape[-1:], torch.nan, dtype=like.dtype, device=device)
     parameter = nn.Parameter(row.expand(like.shape), requires_grad=False)
     bind(parameter, lender)
     return parameter
@@ -83,10 +85,16 @@ def refuse_absent(module: nn.Module, why: str) -> None:
         )
 
 
-def put_in(module: nn.Module, names: list[str], like: list[torch.Tensor], lender: Lender) -> None:
+def put_in(
+    module: nn.Module,
+    names: list[str],
+    like: list[torch.Tensor],
+    lender: Lender,
+    device: torch.device | str = "cpu",
+) -> None:
     """Put stand-ins in place of parameters, and let nobody save them."""
     for name, tensor in zip(names, like, strict=True):
-        parameters_of(module)[name] = stand_in(tensor, lender)
+        parameters_of(module)[name] = stand_in(tensor, lender, device)
     module.register_state_dict_pre_hook(refuse_to_save)
 
 
