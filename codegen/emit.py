@@ -45,7 +45,7 @@ _specs: dict[str, KernelSpec] = {}
 def install_kernel(kernel: Kernel, emitter: str = "auto") -> None:
     """Make a kernel callable from graphs, also for experts that are not all in memory."""
     _specs[kernel.key] = kernel.spec
-    ops.install(kernel.key, kernel.run, partial(_adder, kernel.spec, emitter))
+    ops.install(kernel.key, kernel.run, partial(adder_of, kernel.spec, emitter))
 
 
 def spec_of(key: str) -> KernelSpec:
@@ -54,7 +54,7 @@ def spec_of(key: str) -> KernelSpec:
 
 
 @cache
-def _adder(spec: KernelSpec, emitter: str, schemes: Schemes | None) -> AddExpertsFn:
+def adder_of(spec: KernelSpec, emitter: str, schemes: Schemes | None) -> AddExpertsFn:
     """Give the kernel that adds a block's experts group by group, packed if in schemes.
 
     Raises `UnsupportedSpec` when no emitter of the device has one.

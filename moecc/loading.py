@@ -19,12 +19,15 @@ from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.without_experts import Absent, load_model
+from moecc.codegen.emit import adder_of
 from moecc.codegen.native.build import cache_folder
+from moecc.passes.activation import UnreadableActivation
 from moecc.passes.options import Options
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.device import new_device
 from moecc.runtime.offload.device_link import DeviceLink, hold_in_memory
+from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand, share_slots
 from moecc.runtime.offload.policy import POLICIES, Policy
@@ -33,7 +36,9 @@ from moecc.runtime.offload.record import new_records
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, put_in
 from moecc.runtime.offload.store import Store
+from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.transformers_experts import experts_spec
 
 _log = logging.getLogger("moecc.load")
 
@@ -79,7 +84,7 @@ def load(
         read_headers(shards(folder))  # names what is damaged, before transformers stumbles over it
         model, absent, lenders = _load_checkpoint(folder, dtype, chosen, progress)
     model.to(device)
-    lenders = _on_device(lenders, torch.device(device), chosen)
+    lenders = _on_device(absent, lenders, torch.device(device), chosen)
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender, device)
     from moecc import backend, capture
@@ -101,10 +106,12 @@ def _check_device(options: Options) -> None:
 
 
 def _on_device(
-    lenders: Sequence[Lender], device: torch.device, options: Options
+    absent: Sequence[Absent], lenders: Sequence[Lender], device: torch.device, options: Options
 ) -> Sequence[Lender]:
     """Keep the experts of banks in host memory, and their slots on the device."""
     other = new_device(device)
+    if other is None and options.misses == "home":
+        raise OptionError("misses='home' is for models on a device; on the CPU leave it out")
     if other is None:
         return lenders
     link, policy = DeviceLink(other), _policy(options)
@@ -113,10 +120,19 @@ def _on_device(
             bank,
             store=hold_in_memory(bank.store, bank.pool.link, other),
             pool=Pool(bank.store.layout, bank.pool.slots, policy, link),
+            home=Home(add=_host_kernel(one)) if options.misses == "home" else None,
         )
-        for bank in lenders
+        for one, bank in zip(absent, lenders, strict=True)
         if isinstance(bank, Bank) and isinstance(bank.pool.link, Link)
     ]
+
+
+def _host_kernel(absent: Absent) -> AddExpertsFn:
+    """Choose the kernel of a block for host memory, whatever computes it on the device."""
+    try:
+        return adder_of(experts_spec(absent.module, *absent.tensors), "auto", None)
+    except UnreadableActivation as error:
+        raise OptionError(f"misses='home' cannot compute {absent.path!r}: {error}") from error
 
 
 def _policy(options: Options) -> Policy:

@@ -10,6 +10,7 @@ from moecc.runtime.errors import OptionError
 from moecc.runtime.schemes.scheme import SCHEMES, Scheme, Schemes
 
 POLICIES = ("auto", "lru", "lfu", "lookahead")
+MISSES = ("wait", "home")
 EMITTERS = ("auto", "triton", "native", "torch")
 _PROJECTIONS = {
     "gate_proj": ("gate_proj", "gate_up_proj"),
@@ -31,6 +32,8 @@ class Options:
     """Bytes, or a share of the experts' own bytes as a float in (0, 1]; None is all resident."""
     lookahead: int | Literal["auto"] = "auto"
     policy: str = "auto"
+    misses: str = "wait"
+    """`home` computes an expert in host memory when that is sooner than its copy to a device."""
     kernels: str = "auto"
     inner: str = "inductor"
     strict: bool = False
@@ -175,6 +178,7 @@ _CHECKS: dict[str, Any] = {
     "expert_memory": parse_memory,
     "lookahead": _lookahead,
     "policy": _one_of("policy", POLICIES),
+    "misses": _one_of("misses", MISSES),
     "kernels": _one_of("kernels", EMITTERS),
     "inner": _inner,
     "strict": _strict,

@@ -213,6 +213,9 @@ def test_slots_may_be_on_a_device(
     assert all(bank.store.pinned for bank in banks(model))
     misses = sum(bank.pool.trace.counts.misses for bank in banks(model))
     assert sum(what == "copy" for what, *_ in device.log) == misses > 8
+    helped = moecc.load(folder, expert_memory="50%", misses="home")
+    assert torch.equal(helped(IDS).logits, expected)
+    assert sum(bank.pool.trace.counts.home for bank in banks(helped)) >= 2
 
 
 @pytest.mark.gpu
@@ -224,8 +227,12 @@ def test_a_model_on_a_gpu_has_its_slots_there(checkpoint: Callable[..., Path]) -
     assert torch.equal(model(IDS.to("cuda")).logits, whole(IDS.to("cuda")).logits)
 
 
-def test_what_a_device_cannot_do_is_refused(tmp_path: Path) -> None:
+def test_what_a_device_cannot_do_is_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     load_bad(tmp_path, OptionError, "kernels='torch' does", device="cuda")
+    folder = checkpoint("qwen3_moe")
+    load_bad(folder, OptionError, "misses='home' is for models on a device", misses="home")
     low = {"device": "cuda", "quantize": "int4"}
     load_bad(tmp_path, OptionError, "quantize is for experts on the CPU", **low)
 

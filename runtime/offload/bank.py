@@ -17,6 +17,7 @@ import torch
 
 from moecc.runtime.offload.cache import Admission
 from moecc.runtime.offload.guesses import Guesses
+from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.replay import groups_of
@@ -43,6 +44,8 @@ class Bank:
     schemes: Schemes | None = None
     """Of the matrices in the store; None are the model's own."""
     guesses: Guesses = field(default_factory=Guesses)
+    home: Home | None = None
+    """Computes experts in host memory when that is sooner than their copy to a device."""
 
     def run(
         self,
@@ -129,6 +132,12 @@ class Bank:
         table = np.full(self.store.experts, -1, np.int64)
         start = 0
         while start < len(admitted):
+            if self._is_sooner_at_home(admitted[start].key, len(onto)):
+                assert self.home is not None
+                self.home.run(onto, admitted[start].key[1], self.store, *tokens)
+                self.pool.trace.counts.home += 1
+                start += 1
+                continue
             if self.pool.is_late(admitted[start].key):
                 began = time.perf_counter()
                 self.pool.wait(admitted[start].key)
@@ -141,6 +150,11 @@ class Bank:
                 table[one.key[1]] = one.slot
             add(onto, torch.from_numpy(table).to(onto.device), *inputs, *experts)
             start = end
+
+    def _is_sooner_at_home(self, key: Key, tokens: int) -> bool:
+        if self.home is None or not self.pool.is_late(key):
+            return False
+        return self.home.is_sooner(tokens, self.pool.arrival(key))
 
     def _keys(self, experts: Sequence[int]) -> list[Key]:
         return [(self.number, expert) for expert in experts]

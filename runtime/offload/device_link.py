@@ -94,6 +94,13 @@ class DeviceLink:
         running = time.perf_counter() - self._since if self._queued else 0.0
         return self.bytes / (self._seconds + running) if self.bytes else None
 
+    def arrival(self, load: Load) -> float | None:
+        """Estimate the seconds until a load is there; None before anything was copied."""
+        ahead = [one for one in self._waiting if one is not load and one.priority <= load.priority]
+        size = sum(one.store.layout.size for one in (*self._queued, *ahead))
+        size += 0 if load in self._queued else load.store.layout.size
+        return size / self.bandwidth if self.bandwidth else None
+
     def busy(self) -> float:
         """Tell whether demands find something under way, 0 or 1."""
         self._collect()

@@ -86,6 +86,11 @@ class Pool:
             return False
         return load is not None
 
+    def arrival(self, key: Key) -> float | None:
+        """Estimate the seconds until a late expert is on the device, if that can be known."""
+        assert isinstance(self.link, DeviceLink)
+        return self.link.arrival(self._loads[self.cache.slot(key)])
+
     def wait(self, key: Key) -> None:
         """Wait for an admitted expert; raises `StoreError` if it cannot be read."""
         slot = self.cache.slot(key)

@@ -13,6 +13,7 @@ from moecc.runtime.errors import InputError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.device import Cuda
 from moecc.runtime.offload.device_link import DeviceLink, hold_in_memory
+from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.policy import POLICIES
@@ -65,6 +66,42 @@ def test_late_copies_change_no_bit(pinned: bool, dtype: torch.dtype, tmp_path: P
         counts = bank.pool.trace.counts
         assert counts.misses <= len(copies) <= counts.misses + counts.predicted
         assert device.pinned == (1 if pinned else 1 + min(len(copies), 3))
+
+
+@pytest.mark.parametrize("sooner", [True, False, None])
+def test_a_miss_is_computed_at_home_when_that_is_sooner(
+    sooner: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block(tmp_path, "native", torch.bfloat16)
+    device = DryDevice()
+    store = held(block.store, device)
+    assert block.kernel.add is not None
+    home = Home(add=block.kernel.add)
+    if sooner is not None:
+        monkeypatch.setattr(DeviceLink, "arrival", lambda *_: 1e9 if sooner else 0.0)
+    pool = Pool(store.layout, 3, POLICIES["lru"], DeviceLink(device))
+    bank = Bank(number=0, store=store, pool=pool, home=home)
+    for tokens in (1, 1, 3, 64, 1, 3):
+        batch = block.batch(tokens)
+        expected = block.kernel.run(*batch, *block.weights)  # pyright: ignore
+        assert torch.equal(run(block, bank, device, batch), expected)
+    device.check_order()
+    counts = pool.trace.counts
+    assert counts.home >= 3, "each magnitude of tokens is tried once"
+    if sooner is False:
+        assert counts.home == 3
+
+
+def test_an_arrival_counts_what_goes_before(waiting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, link, loads, _ = waiting
+    assert link.arrival(loads[0]) is None, "nothing was measured"
+    size = loads[0].store.layout.size
+    monkeypatch.setattr(DeviceLink, "bandwidth", property(lambda _: float(size)))
+    for load in loads:
+        link.submit(load)
+    assert [link.arrival(load) for load in loads] == [2, 2, 4, 4]  # two are queued, in any order
+    link.promote(loads[3])
+    assert link.arrival(loads[3]) == 3
 
 
 @pytest.fixture
