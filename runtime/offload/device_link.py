@@ -96,9 +96,10 @@ class DeviceLink:
 
     def arrival(self, load: Load) -> float | None:
         """Estimate the seconds until a load is there; None before anything was copied."""
-        ahead = [one for one in self._waiting if one is not load and one.priority <= load.priority]
-        size = sum(one.store.layout.size for one in (*self._queued, *ahead))
-        size += 0 if load in self._queued else load.store.layout.size
+        before = list(self._queued)
+        if load in self._waiting:
+            before += [one for one in self._waiting if one.priority <= load.priority]
+        size = sum(one.store.layout.size for one in before)
         return size / self.bandwidth if self.bandwidth else None
 
     def busy(self) -> float:
