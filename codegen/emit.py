@@ -39,13 +39,22 @@ def choose(
         return reference.emit(spec), tuple(declined)
 
 
+_specs: dict[str, KernelSpec] = {}
+
+
 def install_kernel(kernel: Kernel, emitter: str = "auto") -> None:
     """Make a kernel callable from graphs, also for experts that are not all in memory."""
-    ops.install(kernel.key, kernel.run, partial(_adder, kernel.spec, emitter))
+    _specs[kernel.key] = kernel.spec
+    ops.install(kernel.key, kernel.run, partial(adder_of, kernel.spec, emitter))
+
+
+def spec_of(key: str) -> KernelSpec:
+    """Give the spec of a kernel that was installed, by its key in graphs."""
+    return _specs[key]
 
 
 @cache
-def _adder(spec: KernelSpec, emitter: str, schemes: Schemes | None) -> AddExpertsFn:
+def adder_of(spec: KernelSpec, emitter: str, schemes: Schemes | None) -> AddExpertsFn:
     """Give the kernel that adds a block's experts group by group, packed if in schemes.
 
     Raises `UnsupportedSpec` when no emitter of the device has one.

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moecc.loading import load
+    from moecc.offloading import offload
     from moecc.passes.options import Options
     from moecc.reporting import Report, report
     from moecc.runtime.errors import MoeccError
 
 __version__ = "0.1.0"
-__all__ = ["MoeccError", "Options", "Report", "load", "report"]
+__all__ = ["MoeccError", "Options", "Report", "load", "offload", "report"]
 
 _HOMES = {
     "MoeccError": ("moecc.runtime.errors", "MoeccError"),
     "Options": ("moecc.passes.options", "Options"),
     "Report": ("moecc.reporting", "Report"),
     "load": ("moecc.loading", "load"),
+    "offload": ("moecc.offloading", "offload"),
     "report": ("moecc.reporting", "report"),
 }
 

@@ -18,8 +18,9 @@ from moecc.passes.ir import Program
 from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, run
 from moecc.records import Record
-from moecc.runtime.errors import StrictError
+from moecc.runtime.errors import InputError, StrictError
 from moecc.runtime.offload.bank import is_lent
+from moecc.runtime.offload.stand_in import is_stand_in
 
 _passes = logging.getLogger("moecc.passes")
 _kernels = logging.getLogger("moecc.kernels")
@@ -48,6 +49,7 @@ def moecc(
     dump.write(result.steps, result.program.lowerings)
     _log(result)
     notes = capture.take_notes()
+    _refuse_readers_of_stand_ins(gm, example_inputs, [one.why for one in (*notes, *result.misses)])
     if chosen.strict and (refused := [note for note in notes if note.fallback]):
         listed = "; ".join(f"{note.where}: {note.why}" for note in refused)
         raise StrictError(f"strict=True and capture had to leave things alone: {listed}")
@@ -59,6 +61,27 @@ def _lent(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
     """Name the inputs that stand in for experts on disk."""
     inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
     return frozenset(node.name for node, value in inputs if is_lent(value))
+
+
+_READERS = (
+    torch.ops.moecc.experts.default,
+    torch.ops.moecc.experts.apart,
+    torch.ops.moecc.prefetch.default,
+)
+
+
+def _refuse_readers_of_stand_ins(
+    gm: GraphModule, example_inputs: Sequence[Any], reasons: Sequence[str]
+) -> None:
+    """Raise `InputError` where a graph would compute with the NaN that stands for experts."""
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
+        other = [user for user in node.users if user.target not in _READERS]
+        if is_stand_in(value) and other:
+            why = "; ".join(reasons) or "it is part of no block"
+            raise InputError(
+                f"the experts in {node.name!r} are not in memory, where only moecc's kernels read "
+                f"them, and node {other[0].name!r} does: {why}"
+            )
 
 
 def _switches_gradients_on(gm: GraphModule) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from moecc.passes.options import Options
+from moecc.runtime.errors import OptionError
 from moecc.runtime.modules import named_modules, parameters_of
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
@@ -45,13 +47,14 @@ class ExpertsReport:
 
 
 def lenders_of(model: nn.Module) -> list[tuple[str, Lender]]:
-    """List lenders in the order of the model's modules, with the paths of these."""
+    """List lenders in the order of the model's modules, with the paths of blocks."""
     found: dict[int, tuple[str, Lender]] = {}
     for path, module in named_modules(model):
         for parameter in parameters_of(module).values():
             lender = None if parameter is None else lender_of(parameter)
             if lender is not None:
-                found.setdefault(id(lender), (path, lender))
+                name = lender.store.name if isinstance(lender, Bank) else path
+                found.setdefault(id(lender), (name, lender))
     return list(found.values())
 
 
@@ -77,6 +80,20 @@ def bound_to(model: nn.Module, wrap: Callable[[Bank], Lender]) -> Generator[None
     finally:
         for parameter, bank in bound:
             bind(parameter, bank)
+
+
+def check_schemes(model: nn.Module, options: Options) -> None:
+    """Raise `OptionError` when a model is compiled for schemes that lent experts do not have."""
+    if options.quantize is None:
+        return
+    for path, lender in lenders_of(model):
+        wanted = None if options.budget else options.schemes(path)
+        if options.budget or wanted not in (None, lender.schemes):
+            has = lender.schemes or "the model's own dtype"
+            raise OptionError(
+                f"quantize={options.quantize!r}, but the experts of {path!r} were loaded in {has}; "
+                "leave it out, or load the model with it"
+            )
 
 
 def report_experts(model: nn.Module) -> ExpertsReport | None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,27 @@ from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.without_experts import Absent, load_model
+from moecc.codegen.emit import adder_of
 from moecc.codegen.native.build import cache_folder
+from moecc.passes.activation import UnreadableActivation
 from moecc.passes.options import Options
 from moecc.placement import place_experts
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.device import new_device
+from moecc.runtime.offload.device_link import DeviceLink, hold_in_memory
+from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand
-from moecc.runtime.offload.policy import POLICIES
+from moecc.runtime.offload.policy import POLICIES, Policy
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.record import new_records
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, put_in
 from moecc.runtime.offload.store import Store
+from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.transformers_experts import experts_spec
 
 _log = logging.getLogger("moecc.load")
 
@@ -40,6 +48,7 @@ def load(
     name: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -54,6 +63,9 @@ def load(
     experts are never all in memory; with both, into a packed store beside moecc's other caches,
     once. `progress` is called meanwhile with the bytes done and all of them.
 
+    On a CUDA `device`, experts are in pinned host memory, and come into slots there, as many as
+    `expert_memory` allows. So far this takes `kernels="torch"`.
+
     The model computes with moecc's kernels at once; compile it for the rest:
 
         model = moecc.load("org/name", expert_memory="8GiB")
@@ -65,19 +77,68 @@ def load(
     when there is no such model, `StoreError` when its files are damaged.
     """
     chosen = Options.parse(options)
+    if torch.device(device).type != "cpu":
+        _check_device(chosen)
     folder = find_folder(str(name))
     if is_packed(folder):
         model, absent, lenders = _load_packed(folder, dtype, chosen)
     else:
         read_headers(shards(folder))  # names what is damaged, before transformers stumbles over it
         model, absent, lenders = _load_checkpoint(folder, dtype, chosen, progress)
+    model.to(device)
+    lenders = _on_device(absent, lenders, torch.device(device), chosen)
     for one, lender in zip(absent, lenders, strict=True):
-        put_in(one.module, list(one.names), list(one.tensors), lender)
+        put_in(one.module, list(one.names), list(one.tensors), lender, device)
     from moecc import backend, capture
 
     assert backend.moecc  # importing it installs the hooks
     capture.adopt(model, chosen)
     return model.eval()
+
+
+def _check_device(options: Options) -> None:
+    """Raise `OptionError` for what no kernel of a device can do yet."""
+    if options.quantize is not None:
+        raise OptionError("quantize is for experts on the CPU so far; leave it or device out")
+    if options.expert_memory is not None and options.kernels != "torch":
+        raise OptionError(
+            f"kernels={options.kernels!r} read no experts from slots on a device yet; "
+            "kernels='torch' does"
+        )
+
+
+def _on_device(
+    absent: Sequence[Absent], lenders: Sequence[Lender], device: torch.device, options: Options
+) -> Sequence[Lender]:
+    """Keep the experts of banks in host memory, and their slots on the device."""
+    other = new_device(device)
+    if other is None and options.misses == "home":
+        raise OptionError("misses='home' is for models on a device; on the CPU leave it out")
+    if other is None:
+        return lenders
+    link, policy = DeviceLink(other), _policy(options)
+    return [
+        replace(
+            bank,
+            store=hold_in_memory(bank.store, bank.pool.link, other),
+            pool=Pool(bank.store.layout, bank.pool.slots, policy, link),
+            home=Home(add=_host_kernel(one)) if options.misses == "home" else None,
+        )
+        for one, bank in zip(absent, lenders, strict=True)
+        if isinstance(bank, Bank) and isinstance(bank.pool.link, Link)
+    ]
+
+
+def _host_kernel(absent: Absent) -> AddExpertsFn:
+    """Choose the kernel of a block for host memory, whatever computes it on the device."""
+    try:
+        return adder_of(experts_spec(absent.module, *absent.tensors), "auto", None)
+    except UnreadableActivation as error:
+        raise OptionError(f"misses='home' cannot compute {absent.path!r}: {error}") from error
+
+
+def _policy(options: Options) -> Policy:
+    return POLICIES["lru" if options.policy == "auto" else options.policy]
 
 
 _Loaded = tuple[nn.Module, Sequence[Absent], Sequence[Lender]]
@@ -154,15 +215,17 @@ def make_banks(
     stores: Sequence[Store],
     schemes: Sequence[Schemes | None],
     options: Options,
+    active: Sequence[int] = (),
 ) -> list[Bank]:
     """Give every block its share of the budget, and a bank.
 
-    Raises `OptionError` when the budget is below one token's demand.
+    `active` has each block's K, by default the configuration's. Raises `OptionError` when the
+    budget is below one token's demand.
     """
     memory = 1.0 if options.expert_memory is None else options.expert_memory
-    policy = POLICIES["lru" if options.policy == "auto" else options.policy]
+    policy = _policy(options)
     link = Link()
-    slots = place_experts(demands_of(model, stores), memory, options.trace)
+    slots = place_experts(demands_of(model, stores, active), memory, options.trace)
     return [
         Bank(
             number=number,
@@ -174,12 +237,13 @@ def make_banks(
     ]
 
 
-def demands_of(model: nn.Module, stores: Sequence[Store]) -> list[Demand]:
-    """Say what each block would like to keep in memory."""
-    active = active_of(model)
+def demands_of(
+    model: nn.Module, stores: Sequence[Store], active: Sequence[int] = ()
+) -> list[Demand]:
+    """Say what each block would like to keep in memory; `active` as in `make_banks`."""
     return [
-        Demand(name=store.name, experts=store.experts, active=active, size=store.layout.size)
-        for store in stores
+        Demand(name=store.name, experts=store.experts, active=one, size=store.layout.size)
+        for store, one in zip(stores, active or [active_of(model)] * len(stores), strict=True)
     ]
 
 

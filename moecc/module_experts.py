@@ -23,6 +23,7 @@ from moecc.observe.unrecordable import Unrecordable
 from moecc.passes.options import Options
 from moecc.runtime.errors import InputError, StrictError
 from moecc.runtime.modules import children_of, has_hooks, named_modules, parameters_of
+from moecc.runtime.offload.stand_in import is_stand_in, refuse_absent
 from moecc.transformers_experts import Road, adopted, is_recorded
 
 
@@ -61,11 +62,13 @@ def adopt(
     """
     done: set[nn.Module] = set()
     recipes: dict[Any, Recipe | Unrecordable] = {}
-    for path, module, experts in _candidates(model):
+    for path, module, experts in candidates(model):
         if MARK in module.__dict__:
             done.update(experts or [module])
         if done.intersection([*experts, *_children(module), module]):
             continue  # the module inside this one that holds the experts was raised
+        if any(map(is_stand_in, module.parameters())):
+            continue  # a loop over NaN shows nothing
         try:
             _raise(path, module, experts, options, recipes)
         except (Unrecordable, InputError) as error:
@@ -94,7 +97,7 @@ def release(model: nn.Module) -> None:
             kind.forward = own
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Sequence[nn.Module]]]:
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Sequence[nn.Module]]]:
     """List modules that could be blocks, inner ones first, with what could be their experts.
 
     Either they hold several modules of one class, directly or in a container, or several stacked
@@ -206,12 +209,14 @@ def _run_eager(
 ) -> Any:
     road = adopted.get(module)
     if road is None or is_recorded():
+        refuse_absent(module, "calls are being recorded or transformed")
         return own(module, *args, **kwargs)
     why = _refusal(module, raised.recipe, args, kwargs)
     road.why = why or road.declined
     if road.why and road.options.strict:
         raise StrictError(f"strict=True and {type(module).__name__} falls back: {road.why}")
     if why:
+        refuse_absent(module, why)
         road.own_calls += 1
         return own(module, *args, **kwargs)
     road.calls += 1

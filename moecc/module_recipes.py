@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo import mark_static
 
 from moecc.codegen.activation import evaluate
-from moecc.codegen.emit import choose
+from moecc.codegen.emit import choose, install_kernel
 from moecc.codegen.reference import split_gate_up
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.observe.block import attributes, observe_modules, observe_stacked
@@ -24,7 +24,7 @@ from moecc.observe.recorder import Slice
 from moecc.observe.rewrite import Weight, write_with
 from moecc.observe.unrecordable import Unrecordable
 from moecc.runtime import ops
-from moecc.runtime.bank import Bank, refresh
+from moecc.runtime.bank import Bank
 from moecc.runtime.modules import named_modules
 from moecc.runtime.schemes.scheme import Schemes
 
@@ -67,8 +67,9 @@ def learn(
         give_other_weights(module, ())
         forms, stacked = observe_stacked(module)
         expert, count = stacked.expert, stacked.count
-        weights = _in_place(expert, count)
+        weights = _in_place(module, expert, count)
     kernel, declined = choose(_spec(module, expert, count, weights), kernels, schemes)
+    install_kernel(kernel, kernels)
     call = _experts_call(kernel)
     inner = {one for each in experts for one in each.modules()}
     return Recipe(
@@ -162,7 +163,7 @@ def _place(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     return module.get_submodule(parent), name
 
 
-def _in_place(expert: Expert, count: int) -> Weights:
+def _in_place(module: nn.Module, expert: Expert, count: int) -> Weights:
     """See the block's own parameters as [E, ., .]."""
     matrices = (*expert.first, expert.second)
     if any(one.offset for one in matrices):
@@ -172,7 +173,8 @@ def _in_place(expert: Expert, count: int) -> Weights:
 
     def matrix(one: Matrix) -> Weight:
         sizes = (one.inputs, one.outputs) if one.turned else (one.outputs, one.inputs)
-        return Weight(path=one.path, shape=(count, *sizes))
+        whole = module.get_parameter(one.path).shape == (count, *sizes)
+        return Weight(path=one.path, shape=None if whole else (count, *sizes))
 
     def bias(one: Slice | None) -> Weight | None:
         return None if one is None else Weight(path=one.path, shape=(count, *one.shape))
@@ -227,8 +229,7 @@ def _experts_call(kernel: Kernel) -> Callable[..., torch.Tensor]:
             rows = evaluate(spec.activation, **leaves)
             terms = linear(rows, ids, down, down_bias, spec.down_transposed)
             return torch.ops.moecc.combine(terms, weights).to(hidden.dtype)
-        refresh(gate_up)
-        ops.calls[kernel.key] += 1
-        return kernel.run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, None)
+        vectors = (gate_up_bias, down_bias)
+        return ops.run_experts(hidden, ids, weights, gate_up, down, *vectors, up, None, kernel.key)
 
     return experts

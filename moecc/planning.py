@@ -12,7 +12,7 @@ from torch import nn
 
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.packed import is_packed, read_manifest
-from moecc.checkpoint.recipes import layout_of
+from moecc.checkpoint.recipes import layout_of_absent
 from moecc.checkpoint.without_experts import Absent, make_skeleton, on_meta, take_out
 from moecc.codegen.decode_cost import LEGEND, Price, Step, formulas, price
 from moecc.footprint import other_bytes
@@ -145,7 +145,7 @@ def _demands(name: str, options: Options, dtype: str, full: bool) -> tuple[nn.Mo
     active = active_of(model)
 
     def size(one: Absent) -> int:
-        return layout_of(one, options.schemes(one.path))[0].size
+        return layout_of_absent(one, options.schemes(one.path))[0].size
 
     return model, [
         Demand(

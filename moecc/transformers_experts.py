@@ -24,9 +24,9 @@ from moecc.passes.activation import UnreadableActivation, read_activation
 from moecc.passes.options import Options
 from moecc.passes.pattern import FLOATS
 from moecc.runtime import ops
-from moecc.runtime.errors import InputError, StrictError
+from moecc.runtime.errors import StrictError
 from moecc.runtime.modules import named_modules
-from moecc.runtime.offload.stand_in import lender_of
+from moecc.runtime.offload.stand_in import refuse_absent
 from moecc.runtime.schemes.scheme import Schemes
 
 _MARK = "_moecc"
@@ -209,7 +209,7 @@ def _run_eager(
     if road is None:
         return own(module, *args, **kwargs)
     if is_recorded():
-        _refuse_absent(module, "calls are being recorded or transformed")
+        refuse_absent(module, "calls are being recorded or transformed")
         return own(module, *args, **kwargs)
     why = _refusal(module, inputs)
     kernel = None if why else _kernel(module, road)
@@ -217,20 +217,11 @@ def _run_eager(
     if road.why and road.options.strict:
         raise StrictError(f"strict=True and {type(module).__name__} falls back: {road.why}")
     if kernel is None:
-        _refuse_absent(module, road.why)
+        refuse_absent(module, road.why)
         road.own_calls += 1
         return own(module, *args, **kwargs)
     road.calls += 1
     return _run_kernel(kernel, module, *inputs)
-
-
-def _refuse_absent(module: Any, why: str) -> None:
-    """Raise `InputError` where a model's own code would compute with experts that are on disk."""
-    if lender_of(module.down_proj) is not None:
-        raise InputError(
-            f"the experts of {type(module).__name__} are on disk, where only moecc's kernels read "
-            f"them, and no kernel runs: {why}"
-        )
 
 
 def _run_kernel(

@@ -11,6 +11,7 @@ from moecc.runtime.errors import OptionError
 from moecc.runtime.schemes.scheme import SCHEMES, Scheme, Schemes
 
 POLICIES = ("auto", "lru", "lfu", "lookahead")
+MISSES = ("wait", "home")
 EMITTERS = ("auto", "triton", "native", "torch")
 _PROJECTIONS = {
     "gate_proj": ("gate_proj", "gate_up_proj"),
@@ -34,6 +35,8 @@ class Options:
     policy: str = "auto"
     trace: str | None = None
     """A file of `moecc trace`, by which `expert_memory` is shared among blocks; None is evenly."""
+    misses: str = "wait"
+    """`home` computes an expert in host memory when that is sooner than its copy to a device."""
     kernels: str = "auto"
     inner: str = "inductor"
     strict: bool = False
@@ -185,6 +188,7 @@ _CHECKS: dict[str, Any] = {
     "lookahead": _lookahead,
     "policy": _one_of("policy", POLICIES),
     "trace": _trace,
+    "misses": _one_of("misses", MISSES),
     "kernels": _one_of("kernels", EMITTERS),
     "inner": _inner,
     "strict": _strict,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -28,5 +29,10 @@ def stacked_parameters(node: Node) -> list[Node]:
         return []
     parts = [*cast(Sequence[Any], node.args[0])] if isinstance(node.args[0], (list, tuple)) else []
     values = [tensor_of(part) for part in parts if is_parameter(part)]
-    plain = all(value is not None and value.is_contiguous() for value in values)
+    plain = all(value is not None and _is_plain(value) for value in values)
     return parts if plain and len(set(parts)) == len(values) == len(parts) else []
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Tell whether a matrix lies in one piece, or stands in for one (`moecc.runtime.offload`)."""
+    return value.is_contiguous() or value.stride(0) == 0

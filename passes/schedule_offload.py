@@ -6,18 +6,23 @@ Needs: blocks.  Adds: placements.  Graph: unchanged.
     all others                                         resident, in the model's own tensors
 
 How many slots each block gets is decided when a model is loaded, before any weight is read
-(`moecc.runtime.offload.plan`). A budget for a model that is in memory already would save nothing
-until its weights are gone: that is a miss, and says to load it with `moecc.load`.
+(`moecc.runtime.offload.plan`). A budget for a model that is in memory already saves nothing until
+its weights are gone, and there has to be a place to read them from: that is an error, which names
+`moecc.load` and `moecc.offload`.
 """
 
 from dataclasses import replace
 
-from moecc.passes.ir import Miss, Outcome, Placement, Program
+from moecc.passes.ir import Outcome, Placement, Program
 from moecc.passes.options import Options
+from moecc.runtime.errors import OptionError
 
 
 def schedule_offload(program: Program, options: Options) -> Outcome:
-    """Place every block, and check the budget against those that are in memory."""
+    """Place every block.
+
+    Raises `OptionError` when the experts that are in memory are more than the budget.
+    """
     placements = tuple(
         Placement(
             block=block.path,
@@ -37,9 +42,8 @@ def schedule_offload(program: Program, options: Options) -> Outcome:
     placed = replace(program, placements=placements)
     if budget is None or total <= budget or not total:
         return Outcome(program=placed, note=", ".join(sizes))
-    why = (
+    raise OptionError(
         f"expert_memory allows {budget:,} bytes and the model's own experts take {total:,}, which "
-        "are in memory already; load the model with moecc.load(..., expert_memory=...)"
+        "are in memory already; load the model with moecc.load(..., expert_memory=...), or move "
+        "them to disk with moecc.offload(model, store=FOLDER, expert_memory=...)"
     )
-    miss = Miss(where="graph", why=why, fallback=True)
-    return Outcome(program=placed, misses=(miss,), note=", ".join(sizes))

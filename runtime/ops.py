@@ -23,6 +23,7 @@ from moecc.runtime import bank
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.runtime.watch import Use, uses
 
 ExpertsFn = Callable[
     [
@@ -97,6 +98,9 @@ def run_experts(
             raise InputError(f"kernel {kernel!r} multiplies by a vector that is not on disk")
         adder = adder_for(lender.schemes)
         return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
+    for watcher in uses:
+        use = Use(kernel=kernel, active=ids.shape[1], gate_up=gate_up, down=down, up=up)
+        watcher.append(use)
     bank.refresh(gate_up)
     return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
 
@@ -112,10 +116,14 @@ def _experts_apart(
     up: list[torch.Tensor] | None,
     learned: torch.Tensor | None,
     kernel: str,
+    after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     _refuse_meta(gate_up[0])
-    first, second = bank.together(gate_up), bank.together(down)
-    third = None if up is None else bank.together(up)
+    if lender_of(gate_up[0]) is None:
+        first, second = bank.together(gate_up), bank.together(down)
+        third = None if up is None else bank.together(up)
+    else:  # the lender has them all
+        first, second, third = gate_up[0], down[0], None
     vectors = (gate_up_bias, down_bias)
     return run_experts(hidden, ids, weights, first, second, *vectors, third, learned, kernel)
 
@@ -194,6 +202,7 @@ def _fake_experts_apart(
     up: list[torch.Tensor] | None,
     learned: torch.Tensor | None,
     kernel: str,
+    after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     _refuse_meta(gate_up[0])
     return hidden.new_empty(hidden.shape)
@@ -251,7 +260,8 @@ _define(
 )
 _define(
     "experts.apart(Tensor hidden, Tensor ids, Tensor weights, Tensor[] gate_up, Tensor[] down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, Tensor[]? up, Tensor? learned, str kernel) -> Tensor",
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor[]? up, Tensor? learned, str kernel, "
+    "Tensor[]? after=None) -> Tensor",
     _experts_apart,
     _fake_experts_apart,
 )

@@ -20,6 +20,7 @@ from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.tiny import tiny_model
+from tests.runtime.offload.dry_device import DryDevice
 
 REFERENCE = Path(__file__).parent.parent / "benchmarks" / "reference"
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 3, 64, 12]])
@@ -198,6 +199,51 @@ def test_compiled_it_gives_the_bits_of_the_compiled_resident_model(
     got = outputs(model)
     assert all(map(torch.equal, got, expected))
     assert all(bank.pool.trace.counts.requests == 3 for bank in banks(model))
+
+
+def test_slots_may_be_on_a_device(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, device = checkpoint("qwen3_moe"), DryDevice()
+    expected = resident(folder)(IDS).logits
+    monkeypatch.setattr("moecc.loading.new_device", lambda _: device)
+    model = moecc.load(folder, expert_memory="50%")
+    for _ in range(3):
+        assert torch.equal(model(IDS).logits, expected)
+    assert all(bank.store.pinned for bank in banks(model))
+    misses = sum(bank.pool.trace.counts.misses for bank in banks(model))
+    assert sum(what == "copy" for what, *_ in device.log) == misses > 8
+    helped = moecc.load(folder, expert_memory="50%", misses="home")
+    assert torch.equal(helped(IDS).logits, expected)
+    assert sum(bank.pool.trace.counts.home for bank in banks(helped)) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_gpu_has_its_slots_there(checkpoint: Callable[..., Path]) -> None:
+    options: dict[str, Any] = {"device": "cuda", "kernels": "torch"}
+    whole = resident(checkpoint("qwen3_moe"), kernels="torch").to("cuda")
+    model = moecc.load(checkpoint("qwen3_moe"), expert_memory="50%", **options)
+    assert torch.equal(model(IDS.to("cuda")).logits, whole(IDS.to("cuda")).logits)
+
+
+def test_what_a_device_cannot_do_is_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    load_bad(tmp_path, OptionError, "kernels='torch' does", device="cuda")
+    folder = checkpoint("qwen3_moe")
+    load_bad(folder, OptionError, "misses='home' is for models on a device", misses="home")
+    low = {"device": "cuda", "quantize": "int4"}
+    load_bad(tmp_path, OptionError, "quantize is for experts on the CPU", **low)
+
+
+def test_compiling_for_another_scheme_is_refused(checkpoint: Callable[..., Path]) -> None:
+    model: Any = moecc.load(checkpoint("qwen3_moe"), quantize="int8")
+    for other in ("int4", {"*.down_proj": "int4", "*": "int8"}, "4.5bpw"):
+        with pytest.raises(OptionError, match=r"quantize=.*were loaded in int8; leave it out"):
+            torch.compile(model, backend="moecc", options={"quantize": other})
+    for same in ("int8", None, {"elsewhere.*": "int4"}):
+        torch.compile(model, backend="moecc", options={"quantize": same})
 
 
 @pytest.fixture

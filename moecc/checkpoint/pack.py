@@ -7,7 +7,6 @@ killed at any point, the next run goes on behind the last complete shard and giv
 
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,15 +23,13 @@ from moecc.checkpoint.packed import (
     Source,
     is_packed,
     read_manifest,
-    shard_header,
 )
 from moecc.checkpoint.pieces import Piece, Stored
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.without_experts import make_skeleton
-from moecc.checkpoint.writing import flush, write_tensors, write_text, write_whole
+from moecc.checkpoint.writing import write_records, write_tensors, write_text, write_whole
 from moecc.passes.options import Options
 from moecc.runtime.errors import StoreError
-from moecc.runtime.offload.store import bytes_of
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
@@ -107,20 +104,9 @@ def _show(progress: Progress | None, before: int, total: int, count: int) -> Non
 
 
 def _write_shard(recipe: Recipe, show: Callable[[int], None], part: Path) -> None:
-    """Write records, then the header with their checksums in front of them."""
-    length = recipe.layout.size
-    checksums = [0] * recipe.experts
-    start = len(shard_header(recipe.path, recipe.experts, length, checksums))
-    with part.open("wb") as opened:
-        opened.seek(start)
-        for expert in range(recipe.experts):
-            data = bytes_of(make_record(recipe, expert))
-            checksums[expert] = zlib.crc32(data)
-            opened.write(data)
-            show((expert + 1) * length)
-        opened.seek(0)
-        opened.write(shard_header(recipe.path, recipe.experts, length, checksums))
-        flush(opened)
+    """Write the records of a checkpoint's block."""
+    records = (make_record(recipe, expert) for expert in range(recipe.experts))
+    write_records(recipe.path, records, recipe.experts, recipe.layout.size, show, part)
 
 
 def _rest(files: Sequence[Path], pieces: Sequence[Piece]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Make the record of one expert out of a checkpoint, in the model's layout or in a scheme."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def find_recipes(
 
 
 def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None) -> Recipe:
-    layout, spec = layout_of(absent, schemes)
+    layout, spec = layout_of_absent(absent, schemes)
     return Recipe(
         path=absent.path,
         experts=len(absent.tensors[0]),
@@ -76,37 +76,39 @@ def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None
     )
 
 
-def layout_of(absent: Absent, schemes: Schemes | None) -> tuple[Layout, KernelSpec | None]:
+def layout_of_absent(absent: Absent, schemes: Schemes | None) -> tuple[Layout, KernelSpec | None]:
     """Lay out the records of a block, and give its kernel's spec where they are in schemes.
 
     Raises `ModelError` when there are schemes and the activation cannot be read.
     """
     first, second = absent.tensors
     spec = None
-    matrices = {
-        "gate_up": (tuple(first.shape[1:]), first.dtype),
-        "down": (tuple(second.shape[1:]), second.dtype),
-    }
     if schemes is not None:
         try:
             spec = experts_spec(absent.module, first, second)
         except UnreadableActivation as error:
             raise ModelError(f"{absent.path!r} cannot be quantized: {error}") from error
-        matrices = _packed_matrices(spec, schemes)
-    return Layout.of(matrices), spec
+    return layout_of({"gate_up": first, "down": second}, spec, schemes), spec
 
 
-def _packed_matrices(
-    spec: KernelSpec, schemes: Schemes
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def layout_of(
+    tensors: Mapping[str, torch.Tensor], spec: KernelSpec | None, schemes: Schemes | None
+) -> Layout:
+    """Lay out the record of an expert: matrices [E, ., .] as they are, or what they are packed to.
+
+    `spec` is that of the block's kernel, for schemes.
+    """
+    if schemes is None or spec is None:
+        plain = {name: (tuple(one.shape[1:]), one.dtype) for name, one in tensors.items()}
+        return Layout.of(plain)
     inner, outer = spec.intermediate, spec.hidden
-    matrices = {
+    sizes = {
         "gate_up": packed_bytes(inner, outer, schemes.first),
         "down": packed_bytes(outer, inner, schemes.second),
     }
     if spec.gated:
-        matrices["up"] = matrices["gate_up"]
-    return {name: ((size,), torch.uint8) for name, size in matrices.items()}
+        sizes["up"] = sizes["gate_up"]
+    return Layout.of({name: ((size,), torch.uint8) for name, size in sizes.items()})
 
 
 def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
@@ -116,20 +118,33 @@ def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
     """
     try:
         matrices = [piece.select(expert).read(read_tensor) for piece in recipe.pieces]
-        if not all(matrix.isfinite().all() for matrix in matrices):
-            raise InputError("its weights hold inf or NaN")
         first, second = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
-        tensors: dict[str, torch.Tensor | None] = {"gate_up": first, "down": second}
-        if recipe.schemes is not None and recipe.spec is not None:
-            packed = packed_tensors(
-                recipe.spec, recipe.schemes, (first, second, None, None, None, None)
-            )
-            tensors = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
+        tensors = {"gate_up": first, "down": second}
+        return lay_out(tensors, recipe.layout, recipe.spec, recipe.schemes)
     except MoeccError as error:
         raise StoreError(f"cannot pack expert {expert} of {recipe.path!r}: {error}") from error
-    record = torch.zeros(recipe.layout.size, dtype=torch.uint8)
-    for part in recipe.layout.parts:
-        tensor = tensors[part.name]
+
+
+def lay_out(
+    tensors: Mapping[str, torch.Tensor],
+    layout: Layout,
+    spec: KernelSpec | None,
+    schemes: Schemes | None,
+) -> torch.Tensor:
+    """Make the record of one expert, uint8 [size], of its matrices [1, ., .].
+
+    Raises `InputError` when they cannot be packed.
+    """
+    if not all(one.isfinite().all() for one in tensors.values()):
+        raise InputError("its weights hold inf or NaN")
+    parts: Mapping[str, torch.Tensor | None] = tensors
+    if schemes is not None and spec is not None:
+        given = (tensors["gate_up"], tensors["down"], None, None, tensors.get("up"), None)
+        packed = packed_tensors(spec, schemes, given)
+        parts = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
+    record = torch.zeros(layout.size, dtype=torch.uint8)
+    for part in layout.parts:
+        tensor = parts[part.name]
         assert tensor is not None
         data = tensor.contiguous().view(torch.uint8).flatten()
         record[part.offset : part.offset + part.size] = data

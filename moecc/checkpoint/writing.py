@@ -1,22 +1,29 @@
 """Write files that are there in full or not at all."""
 
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from moecc.checkpoint.files import Tensor
-from moecc.checkpoint.packed import dtype_name, padded_header
+from moecc.checkpoint.packed import dtype_name, padded_header, shard_header
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.record import LINE
+from moecc.runtime.offload.store import bytes_of
 
 _CHUNK = 1 << 24
 
 
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+_AGAIN = "what is packed so far is kept, run moecc pack again to go on"
+
+
+def write_whole(target: Path, write: Callable[[Path], None], advice: str = _AGAIN) -> None:
     """Write a file so that it is there in full or not at all.
 
-    Raises `StoreError` when the disk is full; what is complete stays, and the next run goes on.
+    Raises `StoreError` with the advice when the disk is full; files that are complete stay.
     """
     part = target.with_suffix(".part")
     try:
@@ -25,10 +32,7 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
         _flush_folder(target.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise StoreError(
-            f"cannot write {str(target)!r}: {error}; what is packed so far is kept, run moecc pack "
-            "again to go on"
-        ) from error
+        raise StoreError(f"cannot write {str(target)!r}: {error}; {advice}") from error
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -82,4 +86,27 @@ def write_tensors(tensors: dict[str, Tensor], part: Path) -> None:
                         raise StoreError(f"{str(tensor.file)!r} became shorter while it was packed")
                     opened.write(data)
                     left -= len(data)
+        flush(opened)
+
+
+def write_records(
+    name: str,
+    records: Iterable[torch.Tensor],
+    experts: int,
+    length: int,
+    show: Callable[[int], None],
+    part: Path,
+) -> None:
+    """Write a shard: records, then the header with their checksums in front of them."""
+    checksums = [0] * experts
+    start = len(shard_header(name, experts, length, checksums))
+    with part.open("wb") as opened:
+        opened.seek(start)
+        for expert, record in enumerate(records):
+            data = bytes_of(record)
+            checksums[expert] = zlib.crc32(data)
+            opened.write(data)
+            show((expert + 1) * length)
+        opened.seek(0)
+        opened.write(shard_header(name, experts, length, checksums))
         flush(opened)

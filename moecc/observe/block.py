@@ -1,7 +1,6 @@
 """Observe one module that calls its experts in Python, and prove the rewrite on other inputs."""
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,14 @@ from torch.utils._pytree import tree_flatten
 from moecc.observe.counts import sized_len
 from moecc.observe.expert import Expert
 from moecc.observe.explain import TOLERANCE, explain
-from moecc.observe.inputs import Inputs, Shape, first_inputs, makers, other_inputs
+from moecc.observe.inputs import (
+    Inputs,
+    Shape,
+    first_inputs,
+    guess_shapes,
+    makers,
+    other_inputs,
+)
 from moecc.observe.other_weights import check_reads_no_expert
 from moecc.observe.recorder import Recorder
 from moecc.observe.rewrite import put_experts, write
@@ -36,8 +42,6 @@ _PLAIN: tuple[type, ...] = (
     torch.dtype,
     torch.device,
 )
-_WIDTHS = 3
-"""How many guesses at the hidden size are tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +83,14 @@ def observe_stacked(module: nn.Module) -> tuple[tuple[Form, ...], Stacked]:
 
     Raises `Unrecordable` with the reason when it cannot be done.
     """
-    weights = [one for one in module.parameters() if one.dim() >= 2]
-    widths = Counter(size for weight in weights for size in weight.shape[-2:])
     refused = Unrecordable("it has no weights")
-    for width, _ in widths.most_common(_WIDTHS):
+    for shape in guess_shapes(module, experts=8):
         found: list[Stacked] = []
 
         def real(recorder: Recorder, found: list[Stacked] = found) -> Experts:
             found.append(find_stacked(recorder, module))
             return RealExperts(module, found[-1])
 
-        first = weights[0]
-        counts = {weight.shape[0] for weight in weights if weight.dim() == 3} or {8}
-        shape = Shape(hidden=width, experts=min(counts), dtype=first.dtype, device=first.device)
         try:
             forms = _observe(module, shape, lambda _: nullcontext(), real, _decides)
         except Unrecordable as error:

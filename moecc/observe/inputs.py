@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import nn
 Inputs = tuple[torch.Tensor, ...]
 Maker = Callable[[int, int, int], Inputs]
 """Makes inputs from batch size, length and the number of active experts."""
+_WIDTHS = 3
+"""How many guesses at the hidden size are tried."""
 _OTHERS = ((1, 1), (3, 17), (7, 1), (2, 150))
 """Batch and length of the inputs that a rewrite is tried on, beside those it was made from."""
 
@@ -23,6 +26,19 @@ class Shape:
     experts: int
     dtype: torch.dtype
     device: torch.device
+
+
+def guess_shapes(module: nn.Module, experts: int = 2) -> Iterator[Shape]:
+    """Guess a block's shapes by those of its weights, the likeliest first.
+
+    `experts` is for a block that has no stacked weights.
+    """
+    weights = [one for one in module.parameters() if one.dim() >= 2]
+    widths = Counter(size for weight in weights for size in weight.shape[-2:])
+    counts = {weight.shape[0] for weight in weights if weight.dim() == 3} or {experts}
+    for width, _ in widths.most_common(_WIDTHS):
+        first = weights[0]
+        yield Shape(hidden=width, experts=min(counts), dtype=first.dtype, device=first.device)
 
 
 def makers(module: nn.Module, shape: Shape) -> Iterator[Maker]:

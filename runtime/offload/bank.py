@@ -2,8 +2,9 @@
 
 A block's top-k is one request: the experts that are there compute while the others arrive, in
 ascending order, so that the sum has the bits of a call with all experts in memory. When a call
-needs more experts than there are slots, as in prefill, it takes them in groups of half the slots,
-and reads one group while it computes the other; each expert is read once.
+needs more experts than there are slots, as in prefill, it takes them in groups of a quarter of the
+slots, and reads one group while it computes the other; each expert is read once, and what was there
+already stays until it is computed.
 """
 
 import time
@@ -16,6 +17,7 @@ import torch
 
 from moecc.runtime.offload.cache import Admission
 from moecc.runtime.offload.guesses import Guesses
+from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.replay import groups_of
@@ -42,6 +44,8 @@ class Bank:
     schemes: Schemes | None = None
     """Of the matrices in the store; None are the model's own."""
     guesses: Guesses = field(default_factory=Guesses)
+    home: Home | None = None
+    """Computes experts in host memory when that is sooner than their copy to a device."""
 
     def run(
         self,
@@ -66,18 +70,17 @@ class Bank:
             hits = late = 0
             pinned: list[Admission] = []
             try:
-                ahead = self._request(groups[0], pinned) if groups else []
+                ahead = self._request(groups, 0, pinned)
                 for number in range(len(groups)):
                     current = ahead
                     hits += sum(one.hit for one in current)
                     late += sum(one.hit and self.pool.is_late(one.key) for one in current)
-                    following = groups[number + 1] if number + 1 < len(groups) else []
                     if double:
-                        ahead = self._request(following, pinned)
+                        ahead = self._request(groups, number + 1, pinned)
                     self._add(add, current, onto, hidden, ids, weights, *biases)
                     self._release(current, pinned)
                     if not double:
-                        ahead = self._request(following, pinned)
+                        ahead = self._request(groups, number + 1, pinned)
             finally:
                 self._release(list(pinned), pinned)
             request = Request(
@@ -99,13 +102,19 @@ class Bank:
         with self.pool.lock:
             self.guesses.make(ranked, active, self.pool, self.store)
 
-    def _request(self, experts: Sequence[int], pinned: list[Admission]) -> list[Admission]:
-        admitted = self.pool.request(self.store, self._keys(experts)) if experts else []
+    def _request(
+        self, groups: Sequence[Sequence[int]], number: int, pinned: list[Admission]
+    ) -> list[Admission]:
+        """Ask for a group, if there are so many, and say what comes after it."""
+        if number >= len(groups):
+            return []
+        then = [expert for group in groups[number + 1 :] for expert in group]
+        admitted = self.pool.request(self.store, self._keys(groups[number]), self._keys(then))
         pinned += admitted
         return admitted
 
     def _release(self, admitted: list[Admission], pinned: list[Admission]) -> None:
-        self.pool.cache.release(one.key for one in admitted)
+        self.pool.release(admitted)
         done = {one.key for one in admitted}
         pinned[:] = [one for one in pinned if one.key not in done]
 
@@ -123,6 +132,12 @@ class Bank:
         table = np.full(self.store.experts, -1, np.int64)
         start = 0
         while start < len(admitted):
+            if self._is_sooner_at_home(admitted[start].key, len(onto)):
+                assert self.home is not None
+                self.home.run(onto, admitted[start].key[1], self.store, *tokens)
+                self.pool.trace.counts.home += 1
+                start += 1
+                continue
             if self.pool.is_late(admitted[start].key):
                 began = time.perf_counter()
                 self.pool.wait(admitted[start].key)
@@ -133,8 +148,13 @@ class Bank:
             table.fill(-1)
             for one in admitted[start:end]:
                 table[one.key[1]] = one.slot
-            add(onto, torch.from_numpy(table), *inputs, *experts)
+            add(onto, torch.from_numpy(table).to(onto.device), *inputs, *experts)
             start = end
+
+    def _is_sooner_at_home(self, key: Key, tokens: int) -> bool:
+        if self.home is None or not self.pool.is_late(key):
+            return False
+        return self.home.is_sooner(tokens, self.pool.arrival(key))
 
     def _keys(self, experts: Sequence[int]) -> list[Key]:
         return [(self.number, expert) for expert in experts]

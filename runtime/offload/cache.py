@@ -5,8 +5,9 @@ trace gives exactly the hits and misses of the run (`moecc.runtime.offload.repla
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.policy import Key, Policy, Usage
@@ -50,10 +51,12 @@ class Cache:
         """Give the slot of a cached expert."""
         return self._slot[key]
 
-    def request(self, keys: Sequence[Key]) -> list[Admission]:
+    def request(self, keys: Sequence[Key], then: Sequence[Key] = ()) -> list[Admission]:
         """Admit experts that are about to be used, all at once, and pin them.
 
-        Raises `InputError` when they are more than slots that nobody uses; nothing changes then.
+        `then` are those that the same call will ask for next, in this order: of what has to leave,
+        they go last, and the latest of them first. Raises `InputError` when `keys` are more than
+        slots that nobody uses; nothing changes then.
         """
         wanted = set(keys)
         missing = len(wanted - self._slot.keys())
@@ -66,7 +69,8 @@ class Cache:
         self.step += 1
         for key in keys:
             self._pins[key] += 1  # before anything is evicted
-        admitted = [self._admit(key) for key in keys]
+        turns = {key: turn for turn, key in enumerate(then)}
+        admitted = [self._admit(key, turns=turns) for key in keys]
         for key in keys:
             self._usage.last[key] = self.step
             self._usage.count[key] = self._usage.count.get(key, 0) + 1
@@ -122,24 +126,37 @@ class Cache:
         self._free = [slot for slot in self._free if slot < slots]
         return leaving
 
-    def _admit(self, key: Key, evicted: Key | None = None) -> Admission:
+    def _admit(
+        self, key: Key, evicted: Key | None = None, turns: Mapping[Key, int] = MappingProxyType({})
+    ) -> Admission:
         if key in self._slot:
             return Admission(key=key, slot=self._slot[key], hit=True)
         if not self._free:
-            evicted = evicted or self._victim()
+            evicted = evicted or self._victim(turns=turns)
             assert evicted is not None
             self.drop(evicted)
         self._slot[key] = slot = self._free.pop()
         return Admission(key=key, slot=slot, hit=False, evicted=evicted)
 
-    def _victim(self, spared: int | None = None) -> Key | None:
-        """Give the unpinned expert of lowest score; none that is predicted up to step `spared`."""
+    def _victim(
+        self, spared: int | None = None, turns: Mapping[Key, int] = MappingProxyType({})
+    ) -> Key | None:
+        """Give the unpinned expert of lowest score; none that is predicted up to step `spared`.
+
+        Those whose turn comes later in this call have the highest, the next one most.
+        """
         unused = (
             key
             for key in self._slot
             if not self._pins[key] and (spared is None or not self._needed_before(key, spared))
         )
-        return min(unused, key=lambda key: self._policy(key, self._usage, self.step), default=None)
+
+        def score(key: Key) -> tuple[float, ...]:
+            if key in turns:
+                return 1.0, -turns[key]
+            return 0.0, *self._policy(key, self._usage, self.step)
+
+        return min(unused, key=score, default=None)
 
     def _needed_before(self, key: Key, due: int) -> bool:
         return self.step < self._usage.due.get(key, -1) <= due

@@ -15,6 +15,15 @@ A guess that does not pay is still counted when it is checked, so a rank can com
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+
+def is_sooner_at_home(compute: float | None, arrival: float | None) -> bool:
+    """Tell whether to compute a missing expert in host memory instead of waiting for its copy.
+
+    Both in seconds; None where nothing was measured, and computing is tried first.
+    """
+    return compute is None or (arrival is not None and compute < arrival)
+
+
 _WEIGHT = 0.05
 """Of a new observation: about the last twenty count."""
 _HOPEFUL = 0.5

@@ -1,12 +1,17 @@
 """Move experts from disk into slots: the loads on their way, and the threads that read them."""
 
+import mmap
 import os
 import time
 import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
 
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.load import DEMAND, Load
 from moecc.runtime.offload.readers import State, close, remove, start_readers
+from moecc.runtime.offload.record import Layout, new_records
 from moecc.runtime.offload.store import Files
 
 READERS = 4
@@ -16,13 +21,30 @@ _POLL = 0.02
 
 
 class Link:
-    """Reader threads, started with the first load, and again after `close` or in a forked child."""
+    """Reader threads, started with the first load, and again after `close` or in a forked child.
 
-    def __init__(self, readers: int = READERS) -> None:
+    With a `limit` in bytes a second it stands for a slower link: readers sleep until their bytes
+    would have come through. A store in /dev/shm makes it one from memory to memory. For the ratio
+    of compute to transfer that a GPU has, which computes an expert in g seconds behind a link of b
+    bytes a second, where that takes c seconds here, the limit is `b * g / c`.
+    """
+
+    def __init__(self, readers: int = READERS, limit: float | None = None) -> None:
         self._readers = readers
-        self._state = State()
+        self._state = State(limit=limit)
         self._closing = weakref.finalize(self, close, self._state)
         _links.add(self)
+
+    def new_slots(self, count: int, layout: Layout) -> tuple[mmap.mmap, torch.Tensor]:
+        """Allocate slots, uint8 [count, size], and give what holds their memory."""
+        return new_records(count, layout)
+
+    def arrived(self, load: Load) -> bool:
+        """Tell whether an expert is there, or will never be."""
+        return load.done
+
+    def used(self, slots: Iterable[torch.Tensor]) -> None:
+        """Do nothing: kernels that were called have read their slots."""
 
     def submit(self, load: Load) -> None:
         """Start reading an expert."""
@@ -53,14 +75,17 @@ class Link:
         if load.cancelled:
             raise StoreError(load.failure("the cache was closed meanwhile"))
 
-    def cancel(self, load: Load) -> None:
-        """Stop a load that nobody needs; when this returns, nobody writes to its record."""
+    def cancel(self, loads: Sequence[Load]) -> None:
+        """Stop loads that nobody needs; when this returns, nobody writes to their records."""
         state = self._state
         with state.lock:
-            load.stop()
-        self._wait_for_end(load)
+            for load in loads:
+                load.stop()
+        for load in loads:
+            self._wait_for_end(load)
         with state.lock:
-            remove(state, load)
+            for load in loads:
+                remove(state, load)
 
     def _wait_for_end(self, load: Load) -> None:
         """Wait without a condition: an interrupt must not leave a lock taken."""
@@ -77,6 +102,15 @@ class Link:
         The next load starts new ones.
         """
         close(self._state)
+
+    @property
+    def limit(self) -> float | None:
+        """Bytes a second at most; None is what the machine gives."""
+        return self._state.limit
+
+    @limit.setter
+    def limit(self, limit: float | None) -> None:
+        self._state.limit = limit
 
     @property
     def bytes(self) -> int:
@@ -133,7 +167,9 @@ class Link:
         self._closing.detach()
         old = self._state
         files = Files(stamps=old.files.stamps)
-        self._state = State(files=files, loads=loads, bytes=old.bytes, seconds=old.seconds)
+        self._state = State(
+            files=files, loads=loads, limit=old.limit, bytes=old.bytes, seconds=old.seconds
+        )
         self._state.since, self._state.busy_then = time.perf_counter(), old.seconds
         self._closing = weakref.finalize(self, close, self._state)
 

@@ -3,7 +3,7 @@
 A policy gives each cached expert a score; of those that nobody is using, the lowest leaves.
 
     lru         the one that was not used for longest
-    lfu         the one that was used least often since it came
+    lfu         the one that was used least often since it came; a prediction counts as a use
     lookahead   one that no prediction names, least recently used first; else the one predicted to
                 be used last (Belady's rule over the predicted future)
     belady      the one that will be used last: for replays, where the future is known
@@ -41,7 +41,8 @@ def lru(key: Key, usage: Usage, step: int) -> tuple[float, ...]:
 
 def lfu(key: Key, usage: Usage, step: int) -> tuple[float, ...]:
     """Score by the number of uses, then by the latest."""
-    return (usage.count.get(key, 0), usage.last.get(key, -1))
+    foretold = usage.due.get(key, -1) > step  # without, what a guess let in would be first to go
+    return (usage.count.get(key, 0) + foretold, usage.last.get(key, -1))
 
 
 def lookahead(key: Key, usage: Usage, step: int) -> tuple[float, ...]:

@@ -6,11 +6,13 @@ import threading
 import weakref
 from collections.abc import Sequence
 
+from moecc.runtime.errors import InputError
 from moecc.runtime.offload.cache import Admission, Cache
+from moecc.runtime.offload.device_link import DeviceLink
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import DEMAND, Load
 from moecc.runtime.offload.policy import Key, Policy
-from moecc.runtime.offload.record import Layout, new_records, up_to
+from moecc.runtime.offload.record import Layout, up_to
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Trace
 
@@ -21,13 +23,13 @@ class Pool:
     Calls are made one at a time, by whoever holds `lock`.
     """
 
-    def __init__(self, layout: Layout, slots: int, policy: Policy, link: Link) -> None:
+    def __init__(self, layout: Layout, slots: int, policy: Policy, link: Link | DeviceLink) -> None:
         """Make room for so many experts; memory is taken as they come."""
         self.layout, self.link = layout, link
         self.lock = threading.RLock()
         self.cache = Cache(slots, policy)
         self.trace = Trace()
-        self._memory, self.records = new_records(slots, layout)
+        self._memory, self.records = link.new_slots(slots, layout)
         self.tensors = layout.tensors(self.records)
         self._loads: dict[int, Load] = {}
         """Who writes to each slot, or did and nobody has looked since."""
@@ -39,13 +41,16 @@ class Pool:
         """How many experts fit."""
         return self.cache.slots
 
-    def request(self, store: Store, keys: Sequence[Key]) -> list[Admission]:
+    def request(
+        self, store: Store, keys: Sequence[Key], then: Sequence[Key] = ()
+    ) -> list[Admission]:
         """Admit and pin experts that are about to be used; those that miss are on their way.
 
-        Raises `InputError` when they do not fit beside what is pinned.
+        `then` are what the same call asks for next. Raises `InputError` when `keys` do not fit
+        beside what is pinned.
         """
         self._drop_failed(keys)
-        admitted = self.cache.request(keys)
+        admitted = self.cache.request(keys, then)
         for one in admitted:
             if one.hit and one.slot in self._loads:
                 self.link.promote(self._loads[one.slot])
@@ -76,10 +81,15 @@ class Pool:
         """Tell whether an admitted expert is still on its way, or failed to come."""
         slot = self.cache.slot(key)
         load = self._loads.get(slot)
-        if load is not None and load.done and not load.failed:
+        if load is not None and self.link.arrived(load) and not load.failed:
             del self._loads[slot]
             return False
         return load is not None
+
+    def arrival(self, key: Key) -> float | None:
+        """Estimate the seconds until a late expert is on the device, if that can be known."""
+        assert isinstance(self.link, DeviceLink)
+        return self.link.arrival(self._loads[self.cache.slot(key)])
 
     def wait(self, key: Key) -> None:
         """Wait for an admitted expert; raises `StoreError` if it cannot be read."""
@@ -89,15 +99,22 @@ class Pool:
             self.link.wait(load)
             del self._loads[slot]
 
+    def release(self, admitted: Sequence[Admission]) -> None:
+        """Unpin experts; the kernels that read them have been called."""
+        self.link.used(self.records[one.slot] for one in admitted)
+        self.cache.release(one.key for one in admitted)
+
     def shrink(self, slots: int) -> None:
         """Give the memory of all but so many slots back.
 
-        Raises `InputError` when an expert in one of them is in use, or there are not so many.
+        Raises `InputError` when an expert in one of them is in use, there are not so many, or they
+        are on a device, where memory is given back whole.
         """
         with self.lock:
+            if self._memory is None:
+                raise InputError("slots on a device cannot be given up one by one")
             self._foretold.difference_update(self.cache.shrink(slots))
-            for slot in [slot for slot in self._loads if slot >= slots]:
-                self._stop(slot)
+            self._stop([slot for slot in self._loads if slot >= slots])
             rest = up_to(slots * self.layout.size, mmap.PAGESIZE)
             if rest < len(self._memory):
                 self._memory.madvise(mmap.MADV_DONTNEED, rest)
@@ -107,9 +124,9 @@ class Pool:
         missing = [one for one in admitted if not one.hit]
         self._foretold.difference_update(one.evicted for one in missing)
         try:
+            self._stop([one.slot for one in missing])
             while missing:
                 one = missing[0]
-                self._stop(one.slot)
                 load = Load(store, one.key[1], self.records[one.slot], priority)
                 self.link.submit(load)
                 self._loads[one.slot] = load
@@ -118,10 +135,11 @@ class Pool:
             for one in missing:
                 self.cache.drop(one.key)
 
-    def _stop(self, slot: int) -> None:
-        """Make sure that nobody writes to a slot for an expert that left it."""
-        if slot in self._loads:
-            self.link.cancel(self._loads[slot])
+    def _stop(self, slots: Sequence[int]) -> None:
+        """Make sure that nobody writes to slots for experts that left them."""
+        leaving = [slot for slot in slots if slot in self._loads]
+        self.link.cancel([self._loads[slot] for slot in leaving])
+        for slot in leaving:
             del self._loads[slot]
 
     def _drop_failed(self, keys: Sequence[Key]) -> None:

@@ -28,6 +28,10 @@ class State:
     closed: bool = False
     paused: bool = False
     """No chunk may be begun: the process is about to fork."""
+    limit: float | None = None
+    """Bytes a second at most, of all readers together."""
+    sent: float = 0.0
+    """When the last chunk that was begun has passed a wire of that width."""
     bytes: int = 0
     seconds: float = 0.0
     """Time in which at least one load was on its way."""
@@ -65,7 +69,9 @@ def _work(state: State) -> None:
             load, chunk = taken
             error: Exception | None = StoreError(load.failure("its reader thread died", *chunk[:2]))
             try:
+                through = _enter(state, chunk[2])
                 error = _read(state.files, load, chunk)
+                time.sleep(max(0.0, through - time.perf_counter()))
             finally:  # whatever happens here, nobody waits for ever
                 _finish(state, load, chunk, error)
     finally:
@@ -86,6 +92,15 @@ def _take(state: State) -> tuple[Load, Chunk] | None:
                 return load, load.take()
             state.changed.wait()
     return None
+
+
+def _enter(state: State, length: int) -> float:
+    """Say when bytes that are sent now, behind those under way, will have passed the wire."""
+    if state.limit is None:
+        return 0.0
+    with state.lock:
+        state.sent = max(state.sent, time.perf_counter()) + length / state.limit
+        return state.sent
 
 
 def _finish(state: State, load: Load, chunk: Chunk, error: Exception | None):

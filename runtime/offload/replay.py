@@ -80,8 +80,12 @@ def replay(
 
 
 def groups_of(experts: Sequence[int], slots: int) -> list[list[int]]:
-    """Split a request that needs more experts than there are slots, as a bank does."""
-    size = slots if len(experts) <= slots else max(1, slots // 2)
+    """Split a request that needs more experts than there are slots, as a bank does.
+
+    Two groups, one that is computed and one that is read, take half of the slots; what is in the
+    others stays until its turn comes.
+    """
+    size = slots if len(experts) <= slots else max(1, slots // 4)
     return [list(experts[i : i + size]) for i in range(0, len(experts), size)]
 
 
@@ -96,7 +100,8 @@ def serve(
     def ask(number: int) -> list[Admission]:
         if number >= len(groups):
             return []
-        admitted = cache.request([(request.block, expert) for expert in groups[number]])
+        keys, *then = [[(request.block, one) for one in group] for group in groups[number:]]
+        admitted = cache.request(keys, [key for group in then for key in group])
         if submit is not None:
             submit(admitted)
         return admitted

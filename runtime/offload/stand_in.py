@@ -42,9 +42,11 @@ class Lender(Protocol):
         ...
 
 
-def stand_in(like: torch.Tensor, lender: Lender) -> nn.Parameter:
+def stand_in(
+    like: torch.Tensor, lender: Lender, device: torch.device | str = "cpu"
+) -> nn.Parameter:
     """Make a parameter of the shape and dtype of `like`, bound to a lender."""
-    row = torch.full(like.shape[-1:], torch.nan, dtype=like.dtype, device="cpu")
+    row = torch.full(like.shape[-1:], torch.nan, dtype=like.dtype, device=device)
     parameter = nn.Parameter(row.expand(like.shape), requires_grad=False)
     bind(parameter, lender)
     return parameter
@@ -55,13 +57,18 @@ def bind(parameter: nn.Parameter, lender: Lender) -> None:
     setattr(parameter, _ATTRIBUTE, lender)
 
 
+def is_stand_in(weight: object) -> bool:
+    """Tell whether a tensor is one, wherever the model was moved since."""
+    return hasattr(weight, _ATTRIBUTE)
+
+
 def lender_of(weight: torch.Tensor) -> Lender | None:
     """Give the lender that a weight is bound to.
 
     Raises `InputError` when the model was moved or cast, which fills the stand-in with NaN.
     """
     lender: Lender | None = getattr(weight, _ATTRIBUTE, None)
-    if lender is not None and weight.stride(0) != 0:
+    if lender is not None and weight.shape[0] > 1 and weight.stride(0) != 0:
         raise InputError(
             "the model was moved or cast after its experts were left on disk; "
             "say device and dtype when it is loaded"
@@ -69,15 +76,31 @@ def lender_of(weight: torch.Tensor) -> Lender | None:
     return lender
 
 
-def put_in(module: nn.Module, names: list[str], like: list[torch.Tensor], lender: Lender) -> None:
+def refuse_absent(module: nn.Module, why: str) -> None:
+    """Raise `InputError` where a module's own code would compute with experts that are on disk."""
+    if any(map(is_stand_in, module.parameters())):
+        raise InputError(
+            f"the experts of {type(module).__name__} are on disk, where only moecc's kernels read "
+            f"them, and no kernel runs: {why}"
+        )
+
+
+def put_in(
+    module: nn.Module,
+    names: list[str],
+    like: list[torch.Tensor],
+    lender: Lender,
+    device: torch.device | str = "cpu",
+) -> None:
     """Put stand-ins in place of parameters, and let nobody save them."""
     for name, tensor in zip(names, like, strict=True):
-        parameters_of(module)[name] = stand_in(tensor, lender)
-    module.register_state_dict_pre_hook(_refuse_to_save)
+        parameters_of(module)[name] = stand_in(tensor, lender, device)
+    module.register_state_dict_pre_hook(refuse_to_save)
 
 
-def _refuse_to_save(module: nn.Module, *_: Any) -> None:
+def refuse_to_save(module: nn.Module, *_: Any) -> None:
+    """Raise `InputError` before a state dictionary is made of NaN."""
     raise InputError(
         f"the experts of {type(module).__name__} are on disk, not in the model, so its state "
-        "cannot be saved; copy the checkpoint that it was loaded from"
+        "cannot be saved; copy the checkpoint that it was loaded from, or save it before"
     )

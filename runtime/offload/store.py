@@ -29,9 +29,9 @@ class Read:
     """Bytes from the beginning of the record."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Store:
-    """The experts of one block on disk."""
+    """The experts of one block: on disk, or in host memory beside a device."""
 
     name: str
     """The block's path in the model, for messages."""
@@ -40,6 +40,10 @@ class Store:
     """What makes the record of each expert."""
     checksums: tuple[int, ...] | None = None
     """crc32 of each expert's record; None where the files have none."""
+    records: torch.Tensor | None = None
+    """uint8 [E, size], if they are in memory; `reads` are empty then."""
+    pinned: bool = False
+    """A device can read `records` by itself."""
 
     @property
     def experts(self) -> int:

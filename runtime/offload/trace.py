@@ -53,6 +53,8 @@ class Counts:
     """Loads that a prediction started."""
     useful: int = 0
     """Of those, the ones that were asked for before they left."""
+    home: int = 0
+    """Experts that were computed in host memory instead of waiting for their copy."""
     wait_seconds: float = 0.0
     """Time in which a block waited for experts."""
     late_seconds: float = 0.0

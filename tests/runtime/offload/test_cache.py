@@ -46,7 +46,7 @@ class Naive:
         if self.policy == "lfu":
             since = [kind for kind, k, _ in self.log if k == key]
             since = since[max(i for i, kind in enumerate(since) if kind == "came") :]
-            return (since.count("use"), last)
+            return (since.count("use") + (self.latest("due", key) > self.step), last)
         due = self.latest("due", key)
         return (-(due - self.step) if due > self.step else float("-inf"), last)
 
@@ -170,6 +170,26 @@ def test_lru_takes_the_one_unused_for_longest() -> None:
 def test_lfu_takes_the_rarest_and_of_those_the_oldest() -> None:
     usage = Usage(last={(0, 0): 1, (0, 1): 4, (0, 2): 5}, count={(0, 0): 9, (0, 1): 2, (0, 2): 2})
     assert min(usage.last, key=lambda key: lfu(key, usage, 6)) == (0, 1)
+
+
+def test_lfu_counts_a_prediction_as_a_use() -> None:
+    cache = Cache(2, lfu)
+    cache.release(one.key for one in cache.request([(0, 1)]))
+    cache.predict([(0, 3)], cache.step + 2, 1)
+    assert [one.evicted for one in cache.request([(1, 5)])] == [(0, 1)]
+
+
+def test_what_the_same_call_asks_for_later_leaves_last_and_the_latest_of_it_first() -> None:
+    def left(*then: int) -> list[Key | None]:
+        cache = Cache(4, lru)
+        cache.release(one.key for one in cache.request([(0, n) for n in (1, 2, 3, 4)]))
+        return [one.evicted for one in cache.request([(0, 8), (0, 9)], [(0, n) for n in then])]
+
+    assert left() == [(0, 1), (0, 2)]
+    assert left(1, 2) == [(0, 3), (0, 4)]
+    assert left(2, 1, 4) == [(0, 3), (0, 4)]
+    assert left(4, 3, 2, 1) == [(0, 1), (0, 2)]
+    assert left(1, 2, 3, 4) == [(0, 4), (0, 3)]
 
 
 def test_lookahead_spares_what_is_predicted_soonest() -> None:

@@ -133,7 +133,7 @@ def test_cancelling_stops_within_a_chunk_and_nobody_writes_afterwards(
     load = new_load(store, 0)
     link.submit(load)
     gate.arrived(1)
-    cancelled = in_a_thread(lambda: link.cancel(load))
+    cancelled = in_a_thread(lambda: link.cancel([load]))
     while not load.cancelled:
         pass
     assert not load.done  # it has to wait for the chunk
@@ -440,3 +440,26 @@ def in_child(check: Any) -> int:
         finally:
             os._exit(2)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_limited_link_takes_its_time_asleep(tmp_path: Path) -> None:
+    size, limit = 1 << 22, 20e6
+    store, data = write_store(tmp_path, experts=2, size=size)
+    link = Link(limit=limit)
+    loads = [Load(store, expert, new_records(1, store.layout)[1][0]) for expert in range(2)]
+    began, worked = time.perf_counter(), time.process_time()
+    for load in loads:
+        link.submit(load)
+    for load, one in zip(loads, data, strict=True):
+        link.wait(load)
+        assert torch.equal(load.record[:size], one)
+    took, worked = time.perf_counter() - began, time.process_time() - worked
+    assert took >= 2 * size / limit
+    assert worked < took / 2
+    link.limit = None
+    began = time.perf_counter()
+    again = Load(store, 0, new_records(1, store.layout)[1][0])
+    link.submit(again)
+    link.wait(again)
+    assert time.perf_counter() - began < took / 2
+    link.close()

@@ -62,3 +62,10 @@ def test_more_slots_never_hurt_lru() -> None:
 
 def test_an_empty_trace_has_missed_nothing() -> None:
     assert replay([], 4, "lru").hit_rate == 1.0
+
+
+@pytest.mark.parametrize(("slots", "kept"), [(4, 2), (8, 4), (16, 8), (32, 32)])
+def test_a_prefill_finds_half_of_what_the_one_before_left(slots: int, kept: int) -> None:
+    every = Request(block=0, tokens=64, experts=tuple(range(32)), hits=0)
+    assert replay([every], slots, "lru").hits == 0
+    assert replay([every, every], slots, "lru").hits == kept
