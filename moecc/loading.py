@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from moecc.checkpoint.direct import find_store
-from moecc.checkpoint.files import read_headers, shards
+from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
+from moecc.checkpoint.weights import Weights, find_weights
 from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.native.build import cache_folder
 from moecc.passes.options import Options
@@ -45,7 +46,8 @@ def load(
     """Load a transformers model, its experts through a cache when `expert_memory` says so.
 
     `name` is a checkpoint folder in safetensors, a hub id, or a folder that `moecc pack` wrote;
-    `options` are those of `torch.compile(model, backend="moecc", options=...)`.
+    `options` are those of `torch.compile(model, backend="moecc", options=...)`. Of checkpoints in
+    MXFP4, FP8, GPTQ or AWQ experts keep their codes, without `quantize`; the rest is dequantized.
 
     With `expert_memory`, experts are read from disk when a token needs them, and no more than that
     many bytes of them are in memory. With `quantize`, they are packed one by one, so that full
@@ -64,11 +66,11 @@ def load(
     """
     chosen = Options.parse(options)
     folder = find_folder(str(name))
+    weights = find_weights(folder)  # names what is damaged, before transformers stumbles over it
     if is_packed(folder):
-        model, absent, lenders = _load_packed(folder, dtype, chosen)
+        model, absent, lenders = _load_packed(folder, weights, dtype, chosen)
     else:
-        read_headers(shards(folder))  # names what is damaged, before transformers stumbles over it
-        model, absent, lenders = _load_checkpoint(folder, dtype, chosen, progress)
+        model, absent, lenders = _load_checkpoint(folder, weights, dtype, chosen, progress)
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender)
     from moecc import backend, capture
@@ -81,7 +83,9 @@ def load(
 _Loaded = tuple[nn.Module, Sequence[Absent], Sequence[Lender]]
 
 
-def _load_packed(folder: Path, dtype: torch.dtype | str, options: Options) -> _Loaded:
+def _load_packed(
+    folder: Path, weights: Weights, dtype: torch.dtype | str, options: Options
+) -> _Loaded:
     """Load what `moecc pack` wrote."""
     manifest = read_manifest(folder)
     check_source(manifest)
@@ -95,7 +99,7 @@ def _load_packed(folder: Path, dtype: torch.dtype | str, options: Options) -> _L
     wanted = getattr(torch, manifest.dtype)
     if dtype not in ("auto", manifest.dtype, wanted):
         raise OptionError(f"{str(folder)!r} is packed for {wanted}, not for {dtype}")
-    model, absent = load_model(folder, wanted)
+    model, absent = load_model(folder, wanted, weights=weights)
     blocks = {block.path: block for block in manifest.blocks}
     if blocks.keys() != {one.path for one in absent}:
         raise ModelError(f"{str(folder)!r} has experts of {sorted(blocks)}, which is not its model")
@@ -106,18 +110,19 @@ def _load_packed(folder: Path, dtype: torch.dtype | str, options: Options) -> _L
 
 def _load_checkpoint(
     folder: Path,
+    weights: Weights,
     dtype: torch.dtype | str,
     options: Options,
     progress: Progress | None,
 ) -> _Loaded:
     """Load a checkpoint as it came."""
-    whole = options.expert_memory is None and options.quantize is None
-    model, absent = load_model(folder, dtype, with_experts=whole)
+    whole = options.expert_memory is None and options.quantize is None and weights.coding is None
+    model, absent = load_model(folder, dtype, weights=weights, with_experts=whole)
     if whole:
         return model, (), ()
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
-    recipes = find_recipes(model, absent, folder, options)
+    recipes = find_recipes(model, absent, weights, options)
     if options.expert_memory is None:
         return model, absent, _packed_in_memory(recipes, progress)
     stores = [find_store(recipe) for recipe in recipes]
@@ -128,7 +133,7 @@ def _load_checkpoint(
     _drop_damaged(target)
     _log.info("packing %s into %s", folder, target)
     pack(folder, target, options.quantize, recipes[0].dtype, progress)
-    return _load_packed(target, "auto", options)
+    return _load_packed(target, find_weights(target), "auto", options)
 
 
 def _packed_in_memory(recipes: Sequence[Recipe], progress: Progress | None) -> list[Resident]:
@@ -204,5 +209,6 @@ def _drop_damaged(folder: Path) -> None:
 def _own_store(folder: Path, options: Options, dtype: torch.dtype) -> Path:
     """Say where the packed copy of a checkpoint goes."""
     files = "".join(fingerprint(file) for file in shards(folder))
-    digest = hashlib.sha256(f"{FORMAT} {files} {options.quantize} {dtype}".encode()).hexdigest()
+    what = f"{FORMAT} {folder.resolve()} {files} {options.quantize} {dtype}"
+    digest = hashlib.sha256(what.encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]

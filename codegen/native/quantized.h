@@ -53,9 +53,10 @@ static INLINE vi dot_plainly(vi sums, vi codes, int32_t x) {
 }
 
 // How codes become bytes to multiply by, and what they stand for: (byte - OFFSET) * scale.
+template <bool WHOLE_ROWS>
 struct Int8 {
   static constexpr int COLUMNS = 4;  // of a line
-  static constexpr bool ZEROS = false, PER_ROW = true, HIGH_LINE = false;
+  static constexpr bool ZEROS = false, POINTS = false, PER_ROW = WHOLE_ROWS, HIGH_LINE = false;
 #if defined(MOECC_VNNI)
   static constexpr int OFFSET = 128;
   static INLINE vi bytes(vi line, int) { return line ^ int32_t(0x80808080); }
@@ -94,16 +95,17 @@ struct Narrow {
 #endif
 };
 
-// With ZEROS each group has the weight of code 0, else the code in the middle is 0.
-template <int BITS, bool HAS_ZEROS>
+// With ZEROS each group has the weight of code 0, with POINTS the code of weight 0, else the code in
+// the middle is 0.
+template <int BITS, bool HAS_ZEROS, bool HAS_POINTS = false>
 struct Grouped : Narrow<BITS> {
-  static constexpr bool ZEROS = HAS_ZEROS;
+  static constexpr bool ZEROS = HAS_ZEROS, POINTS = HAS_POINTS;
   static constexpr int OFFSET = ZEROS ? 0 : 1 << (BITS - 1);
   static INLINE vi bytes(vi line, int part) { return Narrow<BITS>::low(line, part); }
 };
 
 struct Mxfp4 : Narrow<4> {  // e2m1: sign and one of eight magnitudes, doubled to be whole
-  static constexpr bool ZEROS = false;
+  static constexpr bool ZEROS = false, POINTS = false;
   static constexpr int OFFSET = 12;
   static INLINE vi bytes(vi line, int part) {
     vi codes = low(line, part);
@@ -259,6 +261,7 @@ struct Quantized {
           sums[t][v] = fma(value, one * splat(head.scale), sums[t][v]);
           if (Code::ZEROS) {
             vf zero = Scale::read(scale + Scale::BYTES, v);
+            if (Code::POINTS) zero = -zero * one;
             sums[t][v] = fma(zero, splat(head.scale * float(head.sum)), sums[t][v]);
           }
         }

@@ -8,13 +8,14 @@ killed at any point, the next run goes on behind the last complete shard and giv
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from moecc import __version__
+from moecc.checkpoint.coded import tensors_of
 from moecc.checkpoint.files import Tensor, read_headers, shards
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.packed import (
@@ -26,8 +27,9 @@ from moecc.checkpoint.packed import (
     read_manifest,
     shard_header,
 )
-from moecc.checkpoint.pieces import Piece, Stored
+from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
+from moecc.checkpoint.weights import find_weights
 from moecc.checkpoint.without_experts import make_skeleton
 from moecc.checkpoint.writing import flush, write_tensors, write_text, write_whole
 from moecc.passes.options import Options
@@ -59,7 +61,7 @@ def pack(
     """
     options = Options.parse({"quantize": quantize})
     model, absent = make_skeleton(source, dtype)
-    recipes = find_recipes(model, absent, source, options)
+    recipes = find_recipes(model, absent, find_weights(source), options)
     files = shards(source)
     manifest = Manifest(
         dtype=str(recipes[0].dtype).removeprefix("torch."),
@@ -125,16 +127,9 @@ def _write_shard(recipe: Recipe, show: Callable[[int], None], part: Path) -> Non
 
 def _rest(files: Sequence[Path], pieces: Sequence[Piece]) -> dict[str, Tensor]:
     """List the tensors of a checkpoint that no expert is made of."""
-    taken = {(one.file, one.offset) for piece in pieces for one in _leaves(piece)}
+    taken = {(one.file, one.offset) for piece in pieces for one in tensors_of(piece)}
     every = read_headers(files)
     return {name: one for name, one in every.items() if (one.file, one.offset) not in taken}
-
-
-def _leaves(piece: Piece) -> Iterator[Tensor]:
-    if isinstance(piece, Stored):
-        yield piece.tensor
-    for part in piece.parts:
-        yield from _leaves(part)
 
 
 def _begin(folder: Path, manifest: Manifest) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from moecc.checkpoint.files import shards
+from moecc.checkpoint.kept import kept_schemes, packed_codes
 from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.sources import find_parameters, read_tensor
+from moecc.checkpoint.weights import Weights
 from moecc.checkpoint.without_experts import Absent
 from moecc.codegen.low_bit import packed_tensors
 from moecc.codegen.spec import KernelSpec
@@ -37,16 +37,20 @@ class Recipe:
     schemes: Schemes | None
     spec: KernelSpec | None
     """Of the block's kernel; None without schemes."""
+    kept: bool
+    """The schemes are those of the checkpoint, whose codes are packed as they are."""
 
 
 def find_recipes(
-    model: nn.Module, absent: Sequence[Absent], folder: Path, options: Options
+    model: nn.Module, absent: Sequence[Absent], weights: Weights, options: Options
 ) -> list[Recipe]:
-    """Say how the experts that a model lacks are made of the checkpoint in `folder`.
+    """Say how the experts that a model lacks are made of a checkpoint.
 
-    Their schemes are what `options.quantize` says. Raises `StoreError` for a checkpoint that does
-    not have them, `ModelError` when a block with schemes has an activation that cannot be read.
+    Their schemes are what `options.quantize` says, else those that hold the checkpoint's own codes,
+    if it has any. Raises `StoreError` for a checkpoint that does not have them, `ModelError` when a
+    block with schemes has an activation that cannot be read.
     """
+    weights.check_method()
     if options.budget is not None:
         raise OptionError(f"quantize={options.quantize!r} needs a model in memory; name schemes")
     wanted = {
@@ -54,17 +58,19 @@ def find_recipes(
         for one in absent
         for name, tensor in zip(one.parameters, one.tensors, strict=True)
     }
-    found = find_parameters(model, wanted, shards(folder))
+    found = find_parameters(model, wanted, weights.pieces)
     return [
-        _recipe(
-            one, (found[one.parameters[0]], found[one.parameters[1]]), options.schemes(one.path)
-        )
+        _recipe(one, (found[one.parameters[0]], found[one.parameters[1]]), options)
         for one in absent
     ]
 
 
-def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None) -> Recipe:
+def _recipe(absent: Absent, pieces: tuple[Piece, Piece], options: Options) -> Recipe:
     first, second = absent.tensors
+    schemes = options.schemes(absent.path)
+    kept = options.quantize is None
+    if kept:
+        schemes = kept_schemes(absent.path, pieces)
     spec = None
     matrices = {
         "gate_up": (tuple(first.shape[1:]), first.dtype),
@@ -84,6 +90,7 @@ def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None
         dtype=first.dtype,
         schemes=schemes,
         spec=spec,
+        kept=kept,
     )
 
 
@@ -106,22 +113,27 @@ def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
     Raises `StoreError` naming block and expert when its weights cannot be packed.
     """
     try:
-        matrices = [piece.select(expert).read(read_tensor) for piece in recipe.pieces]
-        if not all(matrix.isfinite().all() for matrix in matrices):
-            raise InputError("its weights hold inf or NaN")
-        first, second = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
-        tensors: dict[str, torch.Tensor | None] = {"gate_up": first, "down": second}
-        if recipe.schemes is not None and recipe.spec is not None:
-            packed = packed_tensors(
-                recipe.spec, recipe.schemes, (first, second, None, None, None, None)
-            )
-            tensors = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
+        tensors = _tensors(recipe, expert)
     except MoeccError as error:
         raise StoreError(f"cannot pack expert {expert} of {recipe.path!r}: {error}") from error
     record = torch.zeros(recipe.layout.size, dtype=torch.uint8)
     for part in recipe.layout.parts:
-        tensor = tensors[part.name]
-        assert tensor is not None
-        data = tensor.contiguous().view(torch.uint8).flatten()
+        data = tensors[part.name].contiguous().view(torch.uint8).flatten()
         record[part.offset : part.offset + part.size] = data
     return record
+
+
+def _tensors(recipe: Recipe, expert: int) -> dict[str, torch.Tensor]:
+    """Give the matrices of one expert by the names of a record."""
+    first, second = (piece.select(expert) for piece in recipe.pieces)
+    if recipe.kept and recipe.schemes is not None and recipe.spec is not None:
+        return packed_codes(recipe.spec, recipe.schemes, (first, second))
+    matrices = [piece.read(read_tensor) for piece in (first, second)]
+    if not all(matrix.isfinite().all() for matrix in matrices):
+        raise InputError("its weights hold inf or NaN")
+    gate_up, down = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
+    if recipe.schemes is None or recipe.spec is None:
+        return {"gate_up": gate_up, "down": down}
+    packed = packed_tensors(recipe.spec, recipe.schemes, (gate_up, down, None, None, None, None))
+    named = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
+    return {name: one for name, one in named.items() if one is not None}

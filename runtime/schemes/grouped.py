@@ -1,6 +1,7 @@
 """int2, int3, int4: codes 0..2^bits - 1 in groups along a row, a float16 scale each.
 
     w = (code - 2^(bits - 1)) * scale        or, with zeros,        w = code * scale + zero
+                                             or, with points,       w = (code - point) * scale
 
 Without zeros the largest weight may get code 0, which has no counterpart on the other side, so that
 all codes are of use (as in llama.cpp's Q4_0).
@@ -57,7 +58,8 @@ def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     scales = quantized.scales.float().unsqueeze(-1)
     if quantized.zeros is None:
         return ((codes - _half(scheme)) * scales).flatten(1)
-    return (codes * scales + quantized.zeros.float().unsqueeze(-1)).flatten(1)
+    zeros = quantized.zeros.float().unsqueeze(-1)
+    return ((codes - zeros) * scales if scheme.points else codes * scales + zeros).flatten(1)
 
 
 def _fit_symmetric(part: torch.Tensor, scheme: Scheme) -> _Fit:
@@ -91,7 +93,7 @@ def _fit_affine(part: torch.Tensor, scheme: Scheme) -> _Fit:
         for turn in range(_ROBUST_TURNS + _TURNS):
             codes = _rounded(part - fit[1], fit[0], 0, top)
             wanted = part - _unbearable(part, codes, fit) if turn < _ROBUST_TURNS else part
-            fit = _line(wanted, codes, fit)
+            fit = _on_point(_line(wanted, codes, fit), scheme)
         codes = _rounded(part - fit[1], fit[0], 0, top)
         error = total(_error(part, codes, fit).square_())
         better = error < least
@@ -125,9 +127,18 @@ def _line(wanted: torch.Tensor, codes: torch.Tensor, fit: _Fit) -> _Fit:
 def _span(part: torch.Tensor, scheme: Scheme, kept: float) -> _Fit:
     """Spread codes over part of the range of each group, about its middle."""
     low, high = part.amin(0), part.amax(0)
+    if scheme.points:  # codes of a group that is far from 0 would have their point out of reach
+        low, high = low.clamp(max=0), high.clamp(min=0)
     top = 2**scheme.bits - 1
     scale = (high - low) * (kept / top)
-    return scale, low if kept == 1 else (low + high - scale * top) / 2
+    zero = low if kept == 1 else (low + high - scale * top) / 2
+    return _on_point((scale, zero), scheme)
+
+
+def _on_point(fit: _Fit, scheme: Scheme) -> _Fit:
+    """Move code 0 so that a whole code, if only one beyond the others, stands for 0."""
+    scale, zero = fit
+    return (scale, (zero / _step(scale)).round_() * scale) if scheme.points else fit
 
 
 def _signed(scale: torch.Tensor, scheme: Scheme) -> _Fit:
@@ -154,14 +165,17 @@ def _rounded(part: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> to
 
 def _coded(part: torch.Tensor, fit: _Fit, scheme: Scheme) -> Quantized:
     """Round [block, groups] with scales and zeros as they are stored."""
-    scales, zeros = fit[0].to(scheme.scale), fit[1].to(scheme.scale)
+    scales = fit[0].to(scheme.scale)
+    zeros = (-fit[1] / _step(fit[0])).round_() if scheme.points else fit[1]
+    zeros = zeros.to(scheme.scale)
     if not (scales.isfinite() & zeros.isfinite()).all():
         raise InputError(
             f"weights up to {float(part.abs().max()):.3g} are too large for the float16 scales of "
             f"{scheme}; int8 and mxfp4 have no such limit"
         )
     if scheme.zeros:
-        codes = _rounded(part - zeros.float(), scales.float(), 0, 2**scheme.bits - 1)
+        zero = -zeros.float() * scales.float() if scheme.points else zeros.float()
+        codes = _rounded(part - zero, scales.float(), 0, 2**scheme.bits - 1)
     else:
         half = _half(scheme)
         codes = _rounded(part, scales.float(), -half, half - 1) + half
