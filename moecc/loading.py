@@ -13,7 +13,7 @@ from torch import nn
 from moecc.checkpoint.direct import find_store
 from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
-from moecc.checkpoint.folders import find_folder
+from moecc.checkpoint.folders import find_folder, is_gguf
 from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
@@ -45,7 +45,8 @@ def load(
 ) -> nn.Module:
     """Load a transformers model, its experts through a cache when `expert_memory` says so.
 
-    `name` is a checkpoint folder in safetensors, a hub id, or a folder that `moecc pack` wrote;
+    `name` is a checkpoint folder in safetensors, a hub id, a GGUF file, or a folder that
+    `moecc pack` wrote;
     `options` are those of `torch.compile(model, backend="moecc", options=...)`. Of checkpoints in
     MXFP4, FP8, GPTQ or AWQ experts keep their codes, without `quantize`; the rest is dequantized.
 
@@ -116,13 +117,18 @@ def _load_checkpoint(
     progress: Progress | None,
 ) -> _Loaded:
     """Load a checkpoint as it came."""
-    whole = options.expert_memory is None and options.quantize is None and weights.coding is None
+    whole = options.expert_memory is None and options.quantize is None and not weights.coded
     model, absent = load_model(folder, dtype, weights=weights, with_experts=whole)
     if whole:
         return model, (), ()
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
     recipes = find_recipes(model, absent, weights, options)
+    if options.expert_memory is not None and is_gguf(folder):
+        raise OptionError(
+            f"expert_memory= reads experts from safetensors, and {str(folder)!r} is a GGUF file; "
+            "leave expert_memory out, so that they are packed in memory"
+        )
     if options.expert_memory is None:
         return model, absent, _packed_in_memory(recipes, progress)
     stores = [find_store(recipe) for recipe in recipes]

@@ -92,7 +92,8 @@ class Coded(Piece):
 
     def _read(self, tensor: Callable[[Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         read = {role: tensor(one) for role, one in self.stored.items()}
-        if read["scales"].is_floating_point() and not read["scales"].float().isfinite().all():
+        scales = read.get("scales", read["codes"])
+        if scales.is_floating_point() and not scales.float().isfinite().all():
             raise InputError("its scales hold inf or NaN")
         return read
 

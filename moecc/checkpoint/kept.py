@@ -33,7 +33,11 @@ def _scheme(path: str, piece: Piece) -> Scheme | None:
     if len(coded) < len(parts):
         raise StoreError(f"{path!r} has codes for some experts and plain weights for others")
     try:
-        return coded[0].scheme()  # a checkpoint has one format
+        kinds = {part.coding: part for part in reversed(coded)}
+        scheme, *others = (part.scheme() for part in kinds.values())
+        if others:
+            raise StoreError(f"{path!r} has experts in {scheme} and {', '.join(map(str, others))}")
+        return scheme
     except StoreError as error:
         raise StoreError(
             f"{error}; give quantize= to have experts rounded anew, to a scheme that kernels read"

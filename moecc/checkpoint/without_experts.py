@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.checkpoint.coded import Coded
+from moecc.checkpoint.coded import Coded, coded_parts
 from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.sources import read_tensor
 from moecc.checkpoint.weights import Weights
@@ -58,12 +58,13 @@ def load_model(
     """
     transformers = _transformers()
     absent: list[Absent] = []
+    own = None if weights is None else weights.config
     with _naming(folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder) if own is None else own
         kind = _model_class(transformers, config)
         loader = kind if with_experts else _class_without_experts(kind, absent)
         with _no_progress_bar(transformers):
-            if weights is None or weights.coding is None:
+            if weights is None or not weights.coded:
                 model: Any = loader.from_pretrained(folder, config=config, dtype=dtype)
             else:
                 model = _load_coded(transformers, loader, folder, config, dtype, weights)
@@ -78,7 +79,7 @@ def _load_coded(
 
     They are read one by one, when their place in the model is known.
     """
-    del config.quantization_config
+    config.__dict__.pop("quantization_config", None)
     unread = {name: _Unread(piece) for name, piece in weights.pieces.items()}
     model, found = loader.from_pretrained(
         None,
@@ -89,7 +90,8 @@ def _load_coded(
     )
     if found["missing_keys"]:
         raise StoreError(f"{str(folder)!r} has nothing for {sorted(found['missing_keys'])}")
-    count = sum(one.was_read and isinstance(one.piece, Coded) for one in unread.values())
+    read = [one.piece for one in unread.values() if one.was_read]
+    count = sum(any(isinstance(part, Coded) for part in coded_parts(piece)) for piece in read)
     if count:
         name = str(model.dtype).removeprefix("torch.")
         note(
