@@ -4,12 +4,16 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moecc.calibrate import calibrate as measure
+from moecc.calibrate import check_calibrates
+from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.direct import find_store
 from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
@@ -21,6 +25,7 @@ from moecc.checkpoint.weights import Weights, find_weights
 from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.native.build import cache_folder
 from moecc.passes.options import Options
+from moecc.records import note
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
@@ -41,6 +46,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
+    calibrate: Sequence[str | torch.Tensor] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load a transformers model, its experts through a cache when `expert_memory` says so.
@@ -53,7 +59,9 @@ def load(
     With `expert_memory`, experts are read from disk when a token needs them, and no more than that
     many bytes of them are in memory. With `quantize`, they are packed one by one, so that full
     experts are never all in memory; with both, into a packed store beside moecc's other caches,
-    once. `progress` is called meanwhile with the bytes done and all of them.
+    once. `progress` is called meanwhile with the bytes done and all of them. `calibrate` is a few
+    prompts, texts or token ids [T], that the unquantized model is run on first, expert by expert:
+    errors then weigh as much as inputs are large.
 
     The model computes with moecc's kernels at once; compile it for the rest:
 
@@ -69,14 +77,22 @@ def load(
     folder = find_folder(str(name))
     weights = find_weights(folder)  # names what is damaged, before transformers stumbles over it
     if is_packed(folder):
+        if calibrate is not None:
+            raise OptionError(f"{str(folder)!r} is packed; calibrate when a checkpoint is packed")
         model, absent, lenders = _load_packed(folder, weights, dtype, chosen)
     else:
-        model, absent, lenders = _load_checkpoint(folder, weights, dtype, chosen, progress)
+        seen = None
+        if calibrate is not None:
+            check_calibrates(chosen.quantize)
+            seen = measure(folder, calibrate, dtype)
+        model, absent, lenders = _load_checkpoint(folder, weights, dtype, chosen, progress, seen)
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender)
     from moecc import backend, capture
 
     assert backend.moecc  # importing it installs the hooks
+    if chosen.budget is not None:
+        chosen = replace(chosen, quantize=None)  # lenders know the schemes that it became
     capture.adopt(model, chosen)
     return model.eval()
 
@@ -104,6 +120,8 @@ def _load_packed(
     blocks = {block.path: block for block in manifest.blocks}
     if blocks.keys() != {one.path for one in absent}:
         raise ModelError(f"{str(folder)!r} has experts of {sorted(blocks)}, which is not its model")
+    if manifest.calibration:
+        note(model, manifest.calibration)
     stores = [open_store(folder, blocks[one.path]) for one in absent]
     schemes = [blocks[one.path].schemes for one in absent]
     return model, absent, make_banks(model, stores, schemes, options)
@@ -115,6 +133,7 @@ def _load_checkpoint(
     dtype: torch.dtype | str,
     options: Options,
     progress: Progress | None,
+    calibration: Calibration | None,
 ) -> _Loaded:
     """Load a checkpoint as it came."""
     whole = options.expert_memory is None and options.quantize is None and not weights.coded
@@ -123,23 +142,27 @@ def _load_checkpoint(
         return model, (), ()
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
-    recipes = find_recipes(model, absent, weights, options)
+    recipes = find_recipes(model, absent, weights, options, calibration=calibration)
     if options.expert_memory is not None and is_gguf(folder):
         raise OptionError(
             f"expert_memory= reads experts from safetensors, and {str(folder)!r} is a GGUF file; "
             "leave expert_memory out, so that they are packed in memory"
         )
     if options.expert_memory is None:
+        if calibration is not None:
+            note(model, str(calibration))
         return model, absent, _packed_in_memory(recipes, progress)
     stores = [find_store(recipe) for recipe in recipes]
     direct = [store for store in stores if store is not None]
     if len(direct) == len(stores):
         return model, absent, make_banks(model, direct, [None] * len(direct), options)
-    target = _own_store(folder, options, recipes[0].dtype)
+    target = _own_store(folder, options, recipes[0].dtype, calibration)
     _drop_damaged(target)
     _log.info("packing %s into %s", folder, target)
-    pack(folder, target, options.quantize, recipes[0].dtype, progress)
-    return _load_packed(target, find_weights(target), "auto", options)
+    dtype = recipes[0].dtype
+    pack(folder, target, options.quantize, dtype, progress, calibration=calibration)
+    made = replace(options, quantize=None)  # the store says what it has
+    return _load_packed(target, find_weights(target), "auto", made)
 
 
 def _packed_in_memory(recipes: Sequence[Recipe], progress: Progress | None) -> list[Resident]:
@@ -212,9 +235,11 @@ def _drop_damaged(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _own_store(folder: Path, options: Options, dtype: torch.dtype) -> Path:
+def _own_store(
+    folder: Path, options: Options, dtype: torch.dtype, calibration: Calibration | None
+) -> Path:
     """Say where the packed copy of a checkpoint goes."""
     files = "".join(fingerprint(file) for file in shards(folder))
-    what = f"{FORMAT} {folder.resolve()} {files} {options.quantize} {dtype}"
+    what = f"{FORMAT} {folder.resolve()} {files} {options.quantize} {dtype} {calibration}"
     digest = hashlib.sha256(what.encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from moecc import __version__
+from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.coded import tensors_of
 from moecc.checkpoint.files import Tensor, read_headers, shards
 from moecc.checkpoint.fingerprint import fingerprint
@@ -51,21 +52,23 @@ def pack(
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
     name: str = "",
+    calibration: Calibration | None = None,
 ) -> Manifest:
     """Pack the checkpoint in `source` into `folder`; go on where an earlier run was stopped.
 
     `quantize` is that of `moecc.Options`; None keeps weights as they are. `name` is what the
-    manifest calls the source, its path by default. Raises `OptionError` for a bad `quantize`,
-    `StoreError` for damaged or odd checkpoints, for weights that are not finite, and when `folder`
-    holds something else.
+    manifest calls the source, its path by default. `calibration` says what errors weigh. Raises
+    `OptionError` for a bad `quantize`, `StoreError` for damaged or odd checkpoints, for weights
+    that are not finite, and when `folder` holds something else.
     """
     options = Options.parse({"quantize": quantize})
     model, absent = make_skeleton(source, dtype)
-    recipes = find_recipes(model, absent, find_weights(source), options)
+    recipes = find_recipes(model, absent, find_weights(source), options, calibration=calibration)
     files = shards(source)
     manifest = Manifest(
         dtype=str(recipes[0].dtype).removeprefix("torch."),
         source=name or str(source.resolve()),
+        calibration="" if calibration is None else str(calibration),
         files=tuple(_source(file) for file in files),
         blocks=tuple(
             PackedBlock(

@@ -1,11 +1,14 @@
 """Make the record of one expert out of a checkpoint, in the model's layout or in a scheme."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from moecc.budgets import Matrices, choose
+from moecc.checkpoint.calibration import Calibration, Importance
 from moecc.checkpoint.kept import kept_schemes, packed_codes
 from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.sources import find_parameters, read_tensor
@@ -15,7 +18,7 @@ from moecc.codegen.low_bit import packed_tensors
 from moecc.codegen.spec import KernelSpec
 from moecc.passes.activation import UnreadableActivation
 from moecc.passes.options import Options
-from moecc.runtime.errors import InputError, ModelError, MoeccError, OptionError, StoreError
+from moecc.runtime.errors import InputError, ModelError, MoeccError, StoreError
 from moecc.runtime.offload.record import Layout
 from moecc.runtime.schemes.packing import packed_bytes
 from moecc.runtime.schemes.scheme import Schemes
@@ -37,40 +40,70 @@ class Recipe:
     schemes: Schemes | None
     spec: KernelSpec | None
     """Of the block's kernel; None without schemes."""
-    kept: bool
+    kept: bool = False
     """The schemes are those of the checkpoint, whose codes are packed as they are."""
+    importance: Importance | None = None
+    """What errors of columns weigh when they are rounded."""
 
 
 def find_recipes(
-    model: nn.Module, absent: Sequence[Absent], weights: Weights, options: Options
+    model: nn.Module,
+    absent: Sequence[Absent],
+    weights: Weights,
+    options: Options,
+    *,
+    calibration: Calibration | None = None,
+    keep_codes: bool = True,
 ) -> list[Recipe]:
     """Say how the experts that a model lacks are made of a checkpoint.
 
     Their schemes are what `options.quantize` says, else those that hold the checkpoint's own codes,
-    if it has any. Raises `StoreError` for a checkpoint that does not have them, `ModelError` when a
-    block with schemes has an activation that cannot be read.
+    if it has any and `keep_codes`. Raises `StoreError` for a checkpoint that does not have them,
+    `ModelError` when a block with schemes has an activation that cannot be read.
     """
     weights.check_method()
-    if options.budget is not None:
-        raise OptionError(f"quantize={options.quantize!r} needs a model in memory; name schemes")
     wanted = {
         name: tensor.shape
         for one in absent
         for name, tensor in zip(one.parameters, one.tensors, strict=True)
     }
     found = find_parameters(model, wanted, weights.pieces)
-    return [
-        _recipe(one, (found[one.parameters[0]], found[one.parameters[1]]), options)
-        for one in absent
-    ]
+    if options.budget is not None:
+        chosen = choose(dict(_matrices(absent, found)), options.budget)
+        options = replace(options, quantize=chosen)
+    recipes: list[Recipe] = []
+    for one in absent:
+        pieces = found[one.parameters[0]], found[one.parameters[1]]
+        kept = keep_codes and options.quantize is None
+        schemes = kept_schemes(one.path, pieces) if kept else options.schemes(one.path)
+        recipe = _recipe(one, pieces, schemes)
+        importance = None if calibration is None else calibration.blocks[one.path]
+        recipes.append(replace(recipe, kept=kept, importance=importance))
+    return recipes
 
 
-def _recipe(absent: Absent, pieces: tuple[Piece, Piece], options: Options) -> Recipe:
+def _matrices(
+    absent: Sequence[Absent], pieces: Mapping[str, Piece]
+) -> Iterator[tuple[str, Matrices]]:
+    """Give the matrices of a checkpoint's experts, output-major, for a budget to be shared."""
+    for one in absent:
+        turned = bool(getattr(one.module, "is_transposed", False))
+        for name, tensor, projection in zip(
+            one.parameters, one.tensors, ("gate_up_proj", "down_proj"), strict=True
+        ):
+            experts, rows, columns = tensor.mT.shape if turned else tensor.shape
+            read = partial(_read_matrix, pieces[name], turned)
+            shape = (experts, rows, columns)
+            yield f"{one.path}.{projection}", Matrices(shape=shape, read=read)
+
+
+def _read_matrix(piece: Piece, turned: bool, expert: int) -> torch.Tensor:
+    matrix = piece.select(expert).read(read_tensor)
+    return matrix.T if turned else matrix
+
+
+def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None) -> Recipe:
     first, second = absent.tensors
-    schemes = options.schemes(absent.path)
-    kept = options.quantize is None
-    if kept:
-        schemes = kept_schemes(absent.path, pieces)
     spec = None
     matrices = {
         "gate_up": (tuple(first.shape[1:]), first.dtype),
@@ -90,7 +123,6 @@ def _recipe(absent: Absent, pieces: tuple[Piece, Piece], options: Options) -> Re
         dtype=first.dtype,
         schemes=schemes,
         spec=spec,
-        kept=kept,
     )
 
 
@@ -134,6 +166,8 @@ def _tensors(recipe: Recipe, expert: int) -> dict[str, torch.Tensor]:
     gate_up, down = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
     if recipe.schemes is None or recipe.spec is None:
         return {"gate_up": gate_up, "down": down}
-    packed = packed_tensors(recipe.spec, recipe.schemes, (gate_up, down, None, None, None, None))
+    importance = None if recipe.importance is None else recipe.importance.of(expert)
+    matrices = (gate_up, down, None, None, None, None)
+    packed = packed_tensors(recipe.spec, recipe.schemes, matrices, importance)
     named = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
     return {name: one for name, one in named.items() if one is not None}

@@ -20,8 +20,14 @@ def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     return Quantized(codes=codes.to(torch.int8).flatten(1), scales=scales.squeeze(2))
 
 
-quantize = nearest
-"""At 8 bits there is nothing to gain from scales that clip."""
+def quantize(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> Quantized:
+    """Round to nearest.
+
+    At 8 bits there is nothing to gain from scales that clip, whatever columns weigh.
+    """
+    return nearest(weight, scheme)
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
