@@ -5,11 +5,10 @@ precision by their torch definition; kept are the sums of squares of their input
 """
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -19,6 +18,7 @@ from moecc.checkpoint.weights import find_weights
 from moecc.checkpoint.without_experts import load_model
 from moecc.codegen.reference import add_experts_torch
 from moecc.codegen.spec import KernelSpec
+from moecc.models import load_tokenizer
 from moecc.passes.options import Options
 from moecc.runtime.errors import ModelError, OptionError
 from moecc.runtime.offload.stand_in import put_in
@@ -121,11 +121,10 @@ def _tokens(folder: Path, prompts: Sequence[str | torch.Tensor]) -> list[torch.T
         raise OptionError("calibrate is a text; it takes a list of them")
     if all(isinstance(one, torch.Tensor) for one in prompts):
         return [one.flatten() for one in prompts if isinstance(one, torch.Tensor)]
-    transformers: Any = importlib.import_module("transformers")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    tokenizer = load_tokenizer(str(folder))
+    found = [tokenizer(one, return_tensors="pt", verbose=False).input_ids[0] for one in prompts]
+    if any(prompts) and not any(map(len, found)):  # transformers makes one of nothing
         raise ModelError(
             f"{str(folder)!r} has no tokenizer for calibration texts; give token ids as tensors"
-        ) from error
-    return [tokenizer(one, return_tensors="pt", verbose=False).input_ids[0] for one in prompts]
+        )
+    return found
