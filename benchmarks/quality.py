@@ -5,16 +5,18 @@
 
 FOLDER is a checkpoint of `benchmarks.train_reference`. The expert weights of a model are replaced
 by what their codes stand for, and the rest stays as it is, so that contenders differ in nothing but
-the rounding of weights; all are calibration-free. `as run` rows are moecc's own kernels, which
-round inputs to 8 bits too. `4.5bpw` is the budget of `moecc.runtime.schemes.budget`, beside the
-uniform scheme with as many bits. Bits are those of rows that whole groups fill: the shipped model's
-rows of 48 take more. Results are written after each model.
+the rounding of weights; all are calibration-free but the `calibrated` rows, which weigh errors by
+inputs seen on the last windows of each text, and these are not measured. `as run` rows are moecc's
+own kernels, which round inputs to 8 bits too. `4.5bpw` is the budget of
+`moecc.runtime.schemes.budget`, beside the uniform scheme with as many bits. Bits are those of rows
+that whole groups fill: the shipped model's rows of 48 take more. Results are written after each
+model.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.perplexity import ROWS, WINDOW, find_texts
 from benchmarks.rounding import Contender, contenders, missing
 from benchmarks.timing import machine, table
+from moecc.calibrate import calibrate
+from moecc.checkpoint.calibration import Calibration
 from moecc.runtime.schemes.budget import CANDIDATES, allocate, relative_error
 from moecc.runtime.schemes.packing import dequantize, quantize
 from moecc.runtime.schemes.scheme import SCHEMES, Scheme
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 AS_RUN = ("int8", "int4", "int4-g32-zeros", "mxfp4", "fp8")
+CALIBRATED = ("int4-g32", "int4-g64", "int4-g128", "int4-g32-zeros", "mxfp4", "int3-g64")
 BUDGETS = (4.25, 4.5, 5.0)
+KEPT = 4
+"""Windows of each text that calibration sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +69,11 @@ class Subject:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         texts = [path.read_text(encoding="utf-8") for path in find_texts(folder)]
         ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
-        windows = [one[: len(one) // WINDOW * WINDOW][:tokens].view(-1, WINDOW) for one in ids]
-        self._batches = torch.cat(windows).split(ROWS)
+        windows = [one[: len(one) // WINDOW * WINDOW].view(-1, WINDOW) for one in ids]
+        count = tokens and tokens // WINDOW
+        self._batches = torch.cat([one[:-KEPT][:count] for one in windows]).split(ROWS)
+        self._seen = [row for one in windows for row in one[-KEPT:]]
+        self._folder = Path(folder)
         self.tokens = sum(batch[:, 1:].numel() for batch in self._batches)
         self._own = {
             f"{path}.{name}": getattr(module, name).detach().clone()
@@ -73,6 +83,10 @@ class Subject:
         }
         self.adopt()
         self._said = [self._log_likelihoods(batch) for batch in self._batches]
+
+    def calibrate(self) -> Calibration:
+        """Run the checkpoint on the windows that are not measured."""
+        return calibrate(self._folder, self._seen)
 
     def adopt(self, scheme: str | None = None) -> None:
         """Let moecc's kernels run the experts, in a scheme or as their weights are."""
@@ -115,14 +129,16 @@ class Subject:
         return logits.log_softmax(-1).flatten(0, 1)
 
 
-def measure_all(subject: Subject) -> Iterator[Measured]:
-    """Measure every contender, what moecc's kernels make of some, and the budgets."""
+def measure_all(subject: Subject, names: Sequence[str]) -> Iterator[Measured]:
+    """Measure every contender, or those of some names: with what moecc's kernels make of them."""
     for contender in contenders():
-        _round(subject, contender)
-        yield subject.measure(contender.name, contender.family, contender.bits)
-    yield from _budgets(subject)
+        if not names or contender.name in names:
+            _round(subject, contender)
+            yield subject.measure(contender.name, contender.family, contender.bits)
+    yield from _calibrated(subject, [one for one in CALIBRATED if not names or one in names])
+    yield from _budgets(subject, [one for one in BUDGETS if not names or f"{one}bpw" in names])
     subject.restore()
-    for name in AS_RUN:
+    for name in (one for one in AS_RUN if not names or one in names):
         subject.adopt(name)
         yield subject.measure(name, "moecc, as run", SCHEMES[name].bits_per_weight)
     subject.adopt()
@@ -138,7 +154,26 @@ def _round(subject: Subject, contender: Contender) -> None:
         subject.write(path, known)
 
 
-def _budgets(subject: Subject) -> Iterator[Measured]:
+def _calibrated(subject: Subject, names: Sequence[str]) -> Iterator[Measured]:
+    """Round each expert with the inputs that it was given."""
+    if not names:
+        return
+    calibration = subject.calibrate()
+    print(calibration)
+    for scheme in (SCHEMES[name] for name in names):
+        for path, weights in subject.matrices():
+            block, _, name = path.rpartition(".")
+            inputs = [calibration.blocks[block].of(expert) for expert in range(len(weights))]
+            place = PROJECTIONS.index(name)
+            known = [
+                dequantize(quantize(one, scheme, seen and seen[place]), scheme)[:, : one.shape[1]]
+                for one, seen in zip(weights, inputs, strict=True)
+            ]
+            subject.write(path, torch.stack(known))
+        yield subject.measure(str(scheme), "moecc, calibrated", scheme.bits_per_weight)
+
+
+def _budgets(subject: Subject, budgets: Sequence[float]) -> Iterator[Measured]:
     """Share bits among blocks and projections by relative error, weighed by their size."""
     own = {path: weights.flatten(0, 1) for path, weights in subject.matrices()}
     weights = sum(flat.numel() for flat in own.values())
@@ -146,7 +181,7 @@ def _budgets(subject: Subject) -> Iterator[Measured]:
         [relative_error([flat], one) * flat.numel() for one in CANDIDATES] for flat in own.values()
     ]
     sizes = [[_bytes(flat, one) for one in CANDIDATES] for flat in own.values()]
-    for bits in BUDGETS:
+    for bits in budgets:
         picked = allocate(errors, sizes, int(bits * weights / 8))
         chosen = [CANDIDATES[number] for number in picked]
         for (path, flat), scheme in zip(own.items(), chosen, strict=True):
@@ -199,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what low-bit experts cost.")
     parser.add_argument("models", nargs="*", default=["benchmarks/reference"], help="folders")
     parser.add_argument("--tokens", type=int, help="of each kind of text [all]")
+    parser.add_argument("--only", nargs="*", default=[], help="names of rows [all]")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--plot", type=Path, help="picture of the frontier; needs matplotlib")
     args = parser.parse_args()
@@ -209,7 +245,7 @@ def main() -> None:
     for folder in args.models:
         subject = Subject(folder, args.tokens)
         print(f"{subject.name}: {subject.tokens} tokens", flush=True)
-        for row in measure_all(subject):
+        for row in measure_all(subject, args.only):
             rows.append(row)
             print(
                 f"{row.family:>14} {row.name:<16} {row.bits:5.3f} bits  KL {row.kl:.6f}  "

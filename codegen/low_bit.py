@@ -67,9 +67,16 @@ _Optional = torch.Tensor | None
 
 
 def packed_tensors(
-    spec: KernelSpec, schemes: Schemes, tensors: Tensors
+    spec: KernelSpec,
+    schemes: Schemes,
+    tensors: Tensors,
+    importance: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, _Optional, _Optional, _Optional, _Optional]:
-    """Pack the matrices of a block, gate and up apart; biases go in the same order."""
+    """Pack the matrices of a block, gate and up apart; biases go in the same order.
+
+    `importance` [H] and [I] is that of `schemes.packing.quantize`, for all experts given.
+    """
+    of_first, of_second = importance or (None, None)
     gate_up, down, bias, down_bias, up, learned = tensors
     assert gate_up is not None
     assert down is not None
@@ -82,11 +89,11 @@ def packed_tensors(
             up = up.mT
         second = down.mT if spec.down_transposed else down
         return (
-            pack_experts(first, schemes.first),
-            pack_experts(second, schemes.second),
+            pack_experts(first, schemes.first, of_first),
+            pack_experts(second, schemes.second, of_second),
             bias,
             down_bias,
-            None if up is None else pack_experts(up, schemes.first),
+            None if up is None else pack_experts(up, schemes.first, of_first),
             learned,
         )
 

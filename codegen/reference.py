@@ -52,11 +52,14 @@ def add_experts_torch(
     down_bias: torch.Tensor | None,
     up: torch.Tensor | None = None,
     learned: torch.Tensor | None = None,
+    *,
+    seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> None:
     """Add the block's output, one active expert at a time, ascending; shapes as in `ExpertsFn`.
 
     Products run in the weights' dtype, the weighted sum in that of `onto`. Expert `e` lies at
-    `slots[e]` of the weights, at `e` without slots.
+    `slots[e]` of the weights, at `e` without slots. `seen` is called with each expert and what its
+    two products multiply.
     """
     for expert in cast(list[int], ids.unique().tolist()):
         slot = expert if slots is None or not 0 <= expert < spec.experts else int(slots[expert])
@@ -72,13 +75,17 @@ def add_experts_torch(
             first, second, wide = _unpacked(spec, first, second, wide)
         first = first[0] if wide is None else torch.cat([first[0], wide[0]], int(spec.transposed))
         second = second[0] if spec.down_transposed else second[0].T
-        rows = hidden[token].to(spec.dtype) @ (first if spec.transposed else first.T)
+        inputs = hidden[token].to(spec.dtype)
+        rows = inputs @ (first if spec.transposed else first.T)
         if gate_up_bias is not None:
             rows = rows + gate_up_bias[expert]
         leaves = split_gate_up(rows, spec)
         if learned is not None:
             leaves["learned"] = learned[expert]
-        out = evaluate(spec.activation, **leaves).to(spec.dtype) @ second
+        activated = evaluate(spec.activation, **leaves).to(spec.dtype)
+        if seen is not None:
+            seen(expert, inputs, activated)
+        out = activated @ second
         if down_bias is not None:
             out = out + down_bias[expert]
         onto.index_add_(0, token, out.to(onto.dtype) * weights[token, choice, None].to(onto.dtype))

@@ -1,16 +1,18 @@
 """Turn `quantize="4.5bpw"` into a scheme for each projection of a model.
 
 Which block deserves the bits is a question about all of them, and a graph shows one, without its
-weights. So the choice is made where the whole model is at hand: when it is given to torch.compile.
+weights. So the choice is made where the whole model is at hand: when it is given to torch.compile,
+or when `moecc.load` or `moecc pack` has looked through its checkpoint.
 What the backend is given then is a mapping, as a user could have written it, and reports show it.
 
 Errors are those of a few experts of each matrix, and all experts of a block get the same scheme:
 one call of a kernel reads all of them.
 """
 
+import math
 import weakref
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +31,15 @@ _chosen: "weakref.WeakKeyDictionary[nn.Module, dict[float, dict[str, str]]]" = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrices:
+    """The matrices of a projection, [E, N, K]."""
+
+    shape: tuple[int, int, int]
+    read: Callable[[int], torch.Tensor]
+    """Gives one expert's, [N, K]."""
+
+
 def resolve(model: nn.Module, options: Options) -> Options:
     """Replace a number of bits a weight by schemes; other options stay as they are.
 
@@ -40,26 +51,27 @@ def resolve(model: nn.Module, options: Options) -> Options:
         return options
     known = _chosen.setdefault(model, {})
     if bits not in known:
-        known[bits] = _choose(dict(_matrices(model)), bits)
+        known[bits] = choose(dict(_matrices(model)), bits)
     return replace(options, quantize=known[bits])
 
 
-def _choose(matrices: dict[str, torch.Tensor], bits: float) -> dict[str, str]:
+def choose(matrices: Mapping[str, Matrices], bits: float) -> dict[str, str]:
+    """Give each projection, by its path, the name of a scheme; a few experts are read, one by one.
+
+    Raises `OptionError` without matrices, or when the smallest schemes take more bits a weight.
+    """
     if not matrices:
         raise OptionError(
             f"quantize='{bits:g}bpw' found no fused expert weights in this model to choose for; "
             "give a mapping such as {'*.down_proj': 'int8', '*': 'int4'}"
         )
-    counts = [one.numel() for one in matrices.values()]
-    with torch.no_grad():
-        errors = [
-            [relative_error(_some(one), scheme) * one.numel() for scheme in CANDIDATES]
-            for one in matrices.values()
-        ]
-    sizes = [
-        [len(one) * packed_bytes(one.shape[1], one.shape[2], scheme) for scheme in CANDIDATES]
-        for one in matrices.values()
-    ]
+    counts = [math.prod(one.shape) for one in matrices.values()]
+    errors: list[list[float]] = []
+    sizes: list[list[int]] = []
+    for (experts, rows, columns), some in ((one.shape, _some(one)) for one in matrices.values()):
+        weigh = experts * rows * columns
+        errors.append([relative_error(some, scheme) * weigh for scheme in CANDIDATES])
+        sizes.append([experts * packed_bytes(rows, columns, scheme) for scheme in CANDIDATES])
     try:
         chosen = allocate(errors, sizes, int(bits * sum(counts) / 8))
     except InputError as error:
@@ -67,13 +79,14 @@ def _choose(matrices: dict[str, torch.Tensor], bits: float) -> dict[str, str]:
     return {path: str(CANDIDATES[one]) for path, one in zip(matrices, chosen, strict=True)}
 
 
-def _some(weights: torch.Tensor) -> list[torch.Tensor]:
-    step = max(1, len(weights) // _SAMPLE)
-    return [weights[expert] for expert in range(0, len(weights), step)][:_SAMPLE]
+def _some(matrices: Matrices) -> list[torch.Tensor]:
+    experts = matrices.shape[0]
+    step = max(1, experts // _SAMPLE)
+    return [matrices.read(expert) for expert in range(0, experts, step)][:_SAMPLE]
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the expert matrices [E, N, K] of transformers' fused experts, output-major."""
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Matrices]]:
+    """Give the expert matrices of transformers' fused experts, output-major."""
     for path, module in named_modules(model):
         experts: Any = module
         if not (hasattr(experts, "down_proj") and hasattr(experts, "is_transposed")):
@@ -83,4 +96,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             weights: torch.Tensor = getattr(experts, name).detach()
             if weights.is_meta:
                 raise OptionError(f"{path}.{name} holds no data to choose by; load it first")
-            yield f"{path}.{projection}", weights.mT if experts.is_transposed else weights
+            weights = weights.mT if experts.is_transposed else weights
+            experts_, rows, columns = weights.shape
+            found = Matrices(shape=(experts_, rows, columns), read=weights.__getitem__)
+            yield f"{path}.{projection}", found

@@ -182,6 +182,13 @@ def pack(
         str, typer.Option(help="Scheme of the experts; empty keeps them as they are.")
     ] = "",
     dtype: Dtype = "auto",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text that the model is run on first; errors then weigh as inputs are large.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write MODEL with its experts packed one by one, ready to be read from disk.
@@ -190,7 +197,7 @@ def pack(
     """
     from moecc import packing
 
-    done = packing.run(model, output, quantize, dtype, quiet=as_json)
+    done = packing.run(model, output, quantize, dtype, quiet=as_json, calibrate=calibrate)
     if as_json:
         typer.echo(json.dumps(done.to_dict(), indent=2))
     else:

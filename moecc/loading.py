@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from moecc.calibrate import calibrate as measure
+from moecc.calibrate import check_calibrates
+from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.direct import find_store
-from moecc.checkpoint.files import read_headers, shards
+from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
-from moecc.checkpoint.folders import find_folder
+from moecc.checkpoint.folders import find_folder, is_gguf
 from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
+from moecc.checkpoint.weights import Weights, find_weights
 from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.emit import adder_of
 from moecc.codegen.native.build import cache_folder
 from moecc.passes.activation import UnreadableActivation
 from moecc.passes.options import Options
 from moecc.placement import place_experts
+from moecc.records import note
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.device import new_device
@@ -50,18 +55,23 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    calibrate: Sequence[str | torch.Tensor] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load a transformers model, its experts through a cache when `expert_memory` says so.
 
-    `name` is a checkpoint folder in safetensors, a hub id, or a folder that `moecc pack` wrote;
-    `options` are those of `torch.compile(model, backend="moecc", options=...)`.
+    `name` is a checkpoint folder in safetensors, a hub id, a GGUF file, or a folder that
+    `moecc pack` wrote;
+    `options` are those of `torch.compile(model, backend="moecc", options=...)`. Of checkpoints in
+    MXFP4, FP8, GPTQ or AWQ experts keep their codes, without `quantize`; the rest is dequantized.
 
     With `expert_memory`, experts are read from disk when a token needs them, and no more than that
     many bytes of them are in memory, shared among blocks evenly, or as a `trace` of `moecc trace`
     says that they help most. With `quantize`, they are packed one by one, so that full
     experts are never all in memory; with both, into a packed store beside moecc's other caches,
-    once. `progress` is called meanwhile with the bytes done and all of them.
+    once. `progress` is called meanwhile with the bytes done and all of them. `calibrate` is a few
+    prompts, texts or token ids [T], that the unquantized model is run on first, expert by expert:
+    errors then weigh as much as inputs are large.
 
     On a CUDA `device`, experts are in pinned host memory, and come into slots there, as many as
     `expert_memory` allows. So far this takes `kernels="torch"`.
@@ -80,11 +90,17 @@ def load(
     if torch.device(device).type != "cpu":
         _check_device(chosen)
     folder = find_folder(str(name))
+    weights = find_weights(folder)  # names what is damaged, before transformers stumbles over it
     if is_packed(folder):
-        model, absent, lenders = _load_packed(folder, dtype, chosen)
+        if calibrate is not None:
+            raise OptionError(f"{str(folder)!r} is packed; calibrate when a checkpoint is packed")
+        model, absent, lenders = _load_packed(folder, weights, dtype, chosen)
     else:
-        read_headers(shards(folder))  # names what is damaged, before transformers stumbles over it
-        model, absent, lenders = _load_checkpoint(folder, dtype, chosen, progress)
+        seen = None
+        if calibrate is not None:
+            check_calibrates(chosen.quantize)
+            seen = measure(folder, calibrate, dtype)
+        model, absent, lenders = _load_checkpoint(folder, weights, dtype, chosen, progress, seen)
     model.to(device)
     lenders = _on_device(absent, lenders, torch.device(device), chosen)
     for one, lender in zip(absent, lenders, strict=True):
@@ -92,6 +108,8 @@ def load(
     from moecc import backend, capture
 
     assert backend.moecc  # importing it installs the hooks
+    if chosen.budget is not None:
+        chosen = replace(chosen, quantize=None)  # lenders know the schemes that it became
     capture.adopt(model, chosen)
     return model.eval()
 
@@ -144,7 +162,9 @@ def _policy(options: Options) -> Policy:
 _Loaded = tuple[nn.Module, Sequence[Absent], Sequence[Lender]]
 
 
-def _load_packed(folder: Path, dtype: torch.dtype | str, options: Options) -> _Loaded:
+def _load_packed(
+    folder: Path, weights: Weights, dtype: torch.dtype | str, options: Options
+) -> _Loaded:
     """Load what `moecc pack` wrote."""
     manifest = read_manifest(folder)
     check_source(manifest)
@@ -158,10 +178,12 @@ def _load_packed(folder: Path, dtype: torch.dtype | str, options: Options) -> _L
     wanted = getattr(torch, manifest.dtype)
     if dtype not in ("auto", manifest.dtype, wanted):
         raise OptionError(f"{str(folder)!r} is packed for {wanted}, not for {dtype}")
-    model, absent = load_model(folder, wanted)
+    model, absent = load_model(folder, wanted, weights=weights)
     blocks = {block.path: block for block in manifest.blocks}
     if blocks.keys() != {one.path for one in absent}:
         raise ModelError(f"{str(folder)!r} has experts of {sorted(blocks)}, which is not its model")
+    if manifest.calibration:
+        note(model, manifest.calibration)
     stores = [open_store(folder, blocks[one.path]) for one in absent]
     schemes = [blocks[one.path].schemes for one in absent]
     return model, absent, make_banks(model, stores, schemes, options)
@@ -169,29 +191,40 @@ def _load_packed(folder: Path, dtype: torch.dtype | str, options: Options) -> _L
 
 def _load_checkpoint(
     folder: Path,
+    weights: Weights,
     dtype: torch.dtype | str,
     options: Options,
     progress: Progress | None,
+    calibration: Calibration | None,
 ) -> _Loaded:
     """Load a checkpoint as it came."""
-    whole = options.expert_memory is None and options.quantize is None
-    model, absent = load_model(folder, dtype, with_experts=whole)
+    whole = options.expert_memory is None and options.quantize is None and not weights.coded
+    model, absent = load_model(folder, dtype, weights=weights, with_experts=whole)
     if whole:
         return model, (), ()
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
-    recipes = find_recipes(model, absent, folder, options)
+    recipes = find_recipes(model, absent, weights, options, calibration=calibration)
+    if options.expert_memory is not None and is_gguf(folder):
+        raise OptionError(
+            f"expert_memory= reads experts from safetensors, and {str(folder)!r} is a GGUF file; "
+            "leave expert_memory out, so that they are packed in memory"
+        )
     if options.expert_memory is None:
+        if calibration is not None:
+            note(model, str(calibration))
         return model, absent, _packed_in_memory(recipes, progress)
     stores = [find_store(recipe) for recipe in recipes]
     direct = [store for store in stores if store is not None]
     if len(direct) == len(stores):
         return model, absent, make_banks(model, direct, [None] * len(direct), options)
-    target = _own_store(folder, options, recipes[0].dtype)
+    target = _own_store(folder, options, recipes[0].dtype, calibration)
     _drop_damaged(target)
     _log.info("packing %s into %s", folder, target)
-    pack(folder, target, options.quantize, recipes[0].dtype, progress)
-    return _load_packed(target, "auto", options)
+    dtype = recipes[0].dtype
+    pack(folder, target, options.quantize, dtype, progress, calibration=calibration)
+    made = replace(options, quantize=None)  # the store says what it has
+    return _load_packed(target, find_weights(target), "auto", made)
 
 
 def _packed_in_memory(recipes: Sequence[Recipe], progress: Progress | None) -> list[Resident]:
@@ -272,8 +305,11 @@ def _drop_damaged(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _own_store(folder: Path, options: Options, dtype: torch.dtype) -> Path:
+def _own_store(
+    folder: Path, options: Options, dtype: torch.dtype, calibration: Calibration | None
+) -> Path:
     """Say where the packed copy of a checkpoint goes."""
     files = "".join(fingerprint(file) for file in shards(folder))
-    digest = hashlib.sha256(f"{FORMAT} {files} {options.quantize} {dtype}".encode()).hexdigest()
+    what = f"{FORMAT} {folder.resolve()} {files} {options.quantize} {dtype} {calibration}"
+    digest = hashlib.sha256(what.encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]

@@ -15,8 +15,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from moecc.calibrate import calibrate as measure
+from moecc.calibrate import check_calibrates
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import pack
+from moecc.runtime.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,7 @@ class Packed:
     """Of all experts."""
     record_bytes: int
     """Of one expert of the first block: what a cache reads and holds at a time."""
+    calibration: str
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,14 +43,22 @@ class Packed:
         return asdict(self)
 
 
-def run(model: str, output: Path, quantize: str, dtype: str, quiet: bool) -> Packed:
-    """Pack `model` into `output`, with a bar on stderr.
+def run(
+    model: str, output: Path, quantize: str, dtype: str, quiet: bool, calibrate: Path | None = None
+) -> Packed:
+    """Pack `model` into `output`, with a bar on stderr; `calibrate` is a file of text.
 
     Raises `OptionError` for an unknown scheme and what `moecc.checkpoint.pack.pack` does.
     """
     folder = find_folder(model)
     columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     start = perf_counter()
+    calibration = None
+    if calibrate is not None:
+        check_calibrates(quantize or None)
+        if not calibrate.is_file():
+            raise OptionError(f"there is no file {str(calibrate)!r} to calibrate with")
+        calibration = measure(folder, [calibrate.read_text(encoding="utf-8")], dtype)
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(stderr=True, quiet=quiet), transient=True
     ) as bar:
@@ -56,7 +68,7 @@ def run(model: str, output: Path, quantize: str, dtype: str, quiet: bool) -> Pac
             bar.update(task, completed=done, total=total)
 
         name = "" if Path(model).is_dir() else model
-        manifest = pack(folder, output, quantize or None, dtype, show, name)
+        manifest = pack(folder, output, quantize or None, dtype, show, name, calibration)
     return Packed(
         folder=str(output),
         schemes=tuple(dict.fromkeys(str(one.schemes) for one in manifest.blocks if one.schemes)),
@@ -64,6 +76,7 @@ def run(model: str, output: Path, quantize: str, dtype: str, quiet: bool) -> Pac
         experts=sum(block.experts for block in manifest.blocks),
         expert_bytes=sum(block.experts * block.layout.size for block in manifest.blocks),
         record_bytes=manifest.blocks[0].layout.size,
+        calibration=manifest.calibration,
         seconds=perf_counter() - start,
     )
 
@@ -76,4 +89,6 @@ def print_packed(done: Packed, console: Console) -> None:
         f"{done.experts} experts of {done.blocks} blocks in {kind}: {size} ({done.seconds:.1f} s)",
         highlight=False,
     )
+    if done.calibration:
+        console.print(done.calibration, highlight=False)
     console.print(f"moecc.load({done.folder!r}, expert_memory=...) reads it", highlight=False)

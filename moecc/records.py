@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from moecc.passes.ir import Miss
 from moecc.passes.options import Options
@@ -67,6 +68,17 @@ class Record:
 
 
 _records: list[Record] = []
+_notes: "weakref.WeakKeyDictionary[nn.Module, list[str]]" = weakref.WeakKeyDictionary()
+
+
+def note(model: nn.Module, text: str) -> None:
+    """Have every report on a model say something that was found when it was loaded."""
+    _notes.setdefault(model, []).append(text)
+
+
+def notes_about(model: nn.Module) -> tuple[str, ...]:
+    """Give what was noted about a model, oldest first."""
+    return tuple(_notes.get(model, ()))
 
 
 def all_records() -> tuple[Record, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 from moecc import __version__, transformers_experts
 from moecc.lenders import ExpertsReport, report_experts
 from moecc.passes.pipeline import Step
-from moecc.records import Record, all_records
+from moecc.records import Record, all_records, notes_about
 from moecc.runtime.errors import InputError
 
 _NO_BLOCK = "no MoE block found"
@@ -87,7 +87,7 @@ def report(model: nn.Module) -> Report:
         graphs=tuple(map(graph_report, own)),
         eager=eager,
         experts=report_experts(model),
-        notes=tuple(_notes(own, eager)),
+        notes=(*notes_about(model), *_notes(own, eager)),
     )
 
 

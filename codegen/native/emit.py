@@ -34,14 +34,11 @@ from moecc.runtime.schemes.scheme import Scheme
 
 _WEIGHT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CODES = {
-    ("int8", False): ("Int8", "Floats"),
-    ("mxfp4", False): ("Mxfp4", "Powers"),
-    **{
-        (f"int{bits}", zeros): (f"Grouped<{bits}, {str(zeros).lower()}>", "Halves")
-        for bits in (2, 3, 4)
-        for zeros in (False, True)
-    },
+    "int8": "Int8<{whole_rows}>",
+    "mxfp4": "Mxfp4",
+    **{f"int{bits}": f"Grouped<{bits}, {{zeros}}, {{points}}>" for bits in (2, 3, 4)},
 }
+_SCALES = {torch.float32: "Floats", torch.float16: "Halves", torch.uint8: "Powers"}
 """What codes and scales of a scheme are called in quantized.h."""
 _RENAMED = {
     "abs": "absolute",
@@ -212,12 +209,14 @@ def _types(spec: KernelSpec) -> list[str]:
 
 def _product(scheme: Scheme, rows: int) -> str:
     """Name the product with so many rows a task."""
+    whole_rows, zeros, points = (
+        str(one).lower() for one in (scheme.group is None, scheme.zeros, scheme.points)
+    )
     if scheme.name == "fp8":
         scale = "OneFloat" if scheme.rows > 1 else "Floats"
-        per_row = str(scheme.group is None).lower()
-        return f"Floating<{scale}, {per_row}, {scheme.block}, {rows}>"
-    code, scale = _CODES[scheme.name, scheme.zeros]
-    return f"Quantized<{code}, {scale}, {scheme.block}, {rows}>"
+        return f"Floating<{scale}, {whole_rows}, {scheme.block}, {rows}>"
+    code = _CODES[scheme.name].format(whole_rows=whole_rows, zeros=zeros, points=points)
+    return f"Quantized<{code}, {_SCALES[scheme.scale]}, {scheme.block}, {rows}>"
 
 
 def _activate(expr: Expr) -> str:

@@ -51,9 +51,11 @@ static INLINE vi dot_plainly(vi sums, vi codes, int32_t x) {
 
 // How codes become factors, and what they stand for: (factor - OFFSET) * scale. A step multiplies four
 // bytes of each lane by as many inputs, or two words.
+template <bool WHOLE_ROWS>
 struct Int8 {
   static constexpr int COLUMNS = 4;  // of a line
-  static constexpr bool ZEROS = false, PER_ROW = true, HIGH_LINE = false, FOLDS = false;
+  static constexpr bool ZEROS = false, POINTS = false;
+  static constexpr bool PER_ROW = WHOLE_ROWS, HIGH_LINE = false, FOLDS = false;
 #if defined(MOECC_VNNI)
   using Input = int8_t;
   static constexpr int OFFSET = 128;
@@ -98,16 +100,17 @@ struct Narrow {
 #endif
 };
 
-// With ZEROS each group has the weight of code 0, else the code in the middle is 0.
-template <int BITS, bool HAS_ZEROS>
+// With ZEROS each group has the weight of code 0, with POINTS the code of weight 0, else the code in
+// the middle is 0.
+template <int BITS, bool HAS_ZEROS, bool HAS_POINTS = false>
 struct Grouped : Narrow<BITS> {
-  static constexpr bool ZEROS = HAS_ZEROS;
+  static constexpr bool ZEROS = HAS_ZEROS, POINTS = HAS_POINTS;
   static constexpr int OFFSET = ZEROS ? 0 : 1 << (BITS - 1);
   static INLINE vi factors(vi line, int part) { return Narrow<BITS>::low(line, part); }
 };
 
 struct Mxfp4 : Narrow<4> {  // e2m1: sign and one of eight magnitudes, doubled to be whole
-  static constexpr bool ZEROS = false;
+  static constexpr bool ZEROS = false, POINTS = false;
   static constexpr int OFFSET = 12;
   static INLINE vi factors(vi line, int part) {
     vi codes = low(line, part);
@@ -269,6 +272,7 @@ struct Quantized {
           sums[t][v] = fma(value, one * splat(head.scale), sums[t][v]);
           if (Code::ZEROS) {
             vf zero = Scale::read(scale + Scale::BYTES, v);
+            if (Code::POINTS) zero = -zero * one;
             sums[t][v] = fma(zero, splat(head.scale * float(head.sum)), sums[t][v]);
           }
         }

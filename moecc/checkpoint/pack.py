@@ -7,13 +7,15 @@ killed at any point, the next run goes on behind the last complete shard and giv
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from moecc import __version__
+from moecc.checkpoint.calibration import Calibration
+from moecc.checkpoint.coded import tensors_of
 from moecc.checkpoint.files import Tensor, read_headers, shards
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.packed import (
@@ -24,8 +26,9 @@ from moecc.checkpoint.packed import (
     is_packed,
     read_manifest,
 )
-from moecc.checkpoint.pieces import Piece, Stored
+from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
+from moecc.checkpoint.weights import find_weights
 from moecc.checkpoint.without_experts import make_skeleton
 from moecc.checkpoint.writing import write_records, write_tensors, write_text, write_whole
 from moecc.passes.options import Options
@@ -46,21 +49,23 @@ def pack(
     dtype: torch.dtype | str = "auto",
     progress: Progress | None = None,
     name: str = "",
+    calibration: Calibration | None = None,
 ) -> Manifest:
     """Pack the checkpoint in `source` into `folder`; go on where an earlier run was stopped.
 
     `quantize` is that of `moecc.Options`; None keeps weights as they are. `name` is what the
-    manifest calls the source, its path by default. Raises `OptionError` for a bad `quantize`,
-    `StoreError` for damaged or odd checkpoints, for weights that are not finite, and when `folder`
-    holds something else.
+    manifest calls the source, its path by default. `calibration` says what errors weigh. Raises
+    `OptionError` for a bad `quantize`, `StoreError` for damaged or odd checkpoints, for weights
+    that are not finite, and when `folder` holds something else.
     """
     options = Options.parse({"quantize": quantize})
     model, absent = make_skeleton(source, dtype)
-    recipes = find_recipes(model, absent, source, options)
+    recipes = find_recipes(model, absent, find_weights(source), options, calibration=calibration)
     files = shards(source)
     manifest = Manifest(
         dtype=str(recipes[0].dtype).removeprefix("torch."),
         source=name or str(source.resolve()),
+        calibration="" if calibration is None else str(calibration),
         files=tuple(_source(file) for file in files),
         blocks=tuple(
             PackedBlock(
@@ -111,16 +116,9 @@ def _write_shard(recipe: Recipe, show: Callable[[int], None], part: Path) -> Non
 
 def _rest(files: Sequence[Path], pieces: Sequence[Piece]) -> dict[str, Tensor]:
     """List the tensors of a checkpoint that no expert is made of."""
-    taken = {(one.file, one.offset) for piece in pieces for one in _leaves(piece)}
+    taken = {(one.file, one.offset) for piece in pieces for one in tensors_of(piece)}
     every = read_headers(files)
     return {name: one for name, one in every.items() if (one.file, one.offset) not in taken}
-
-
-def _leaves(piece: Piece) -> Iterator[Tensor]:
-    if isinstance(piece, Stored):
-        yield piece.tensor
-    for part in piece.parts:
-        yield from _leaves(part)
 
 
 def _begin(folder: Path, manifest: Manifest) -> None:

@@ -62,6 +62,8 @@ class Manifest:
     """The folder or hub id that was packed."""
     files: tuple[Source, ...]
     blocks: tuple[PackedBlock, ...]
+    calibration: str = ""
+    """On what, and which experts it did not see; empty without."""
 
     def to_json(self) -> str:
         """Write it, the same text for the same content."""
@@ -79,6 +81,7 @@ class Manifest:
             "format": FORMAT,
             "dtype": self.dtype,
             "source": self.source,
+            "calibration": self.calibration,
             "files": [asdict(one) for one in self.files],
             "blocks": blocks,
         }
@@ -118,6 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(
             dtype=str(plain["dtype"]),
             source=str(plain["source"]),
+            calibration=str(plain.get("calibration", "")),
             files=tuple(Source(**one) for one in plain["files"]),
             blocks=blocks,
         )

@@ -1,21 +1,24 @@
 """Make the record of one expert out of a checkpoint, in the model's layout or in a scheme."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from moecc.checkpoint.files import shards
+from moecc.budgets import Matrices, choose
+from moecc.checkpoint.calibration import Calibration, Importance
+from moecc.checkpoint.kept import kept_schemes, packed_codes
 from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.sources import find_parameters, read_tensor
+from moecc.checkpoint.weights import Weights
 from moecc.checkpoint.without_experts import Absent
 from moecc.codegen.low_bit import packed_tensors
 from moecc.codegen.spec import KernelSpec
 from moecc.passes.activation import UnreadableActivation
 from moecc.passes.options import Options
-from moecc.runtime.errors import InputError, ModelError, MoeccError, OptionError, StoreError
+from moecc.runtime.errors import InputError, ModelError, MoeccError, StoreError
 from moecc.runtime.offload.record import Layout
 from moecc.runtime.schemes.packing import packed_bytes
 from moecc.runtime.schemes.scheme import Schemes
@@ -37,30 +40,66 @@ class Recipe:
     schemes: Schemes | None
     spec: KernelSpec | None
     """Of the block's kernel; None without schemes."""
+    kept: bool = False
+    """The schemes are those of the checkpoint, whose codes are packed as they are."""
+    importance: Importance | None = None
+    """What errors of columns weigh when they are rounded."""
 
 
 def find_recipes(
-    model: nn.Module, absent: Sequence[Absent], folder: Path, options: Options
+    model: nn.Module,
+    absent: Sequence[Absent],
+    weights: Weights,
+    options: Options,
+    *,
+    calibration: Calibration | None = None,
+    keep_codes: bool = True,
 ) -> list[Recipe]:
-    """Say how the experts that a model lacks are made of the checkpoint in `folder`.
+    """Say how the experts that a model lacks are made of a checkpoint.
 
-    Their schemes are what `options.quantize` says. Raises `StoreError` for a checkpoint that does
-    not have them, `ModelError` when a block with schemes has an activation that cannot be read.
+    Their schemes are what `options.quantize` says, else those that hold the checkpoint's own codes,
+    if it has any and `keep_codes`. Raises `StoreError` for a checkpoint that does not have them,
+    `ModelError` when a block with schemes has an activation that cannot be read.
     """
-    if options.budget is not None:
-        raise OptionError(f"quantize={options.quantize!r} needs a model in memory; name schemes")
+    weights.check_method()
     wanted = {
         name: tensor.shape
         for one in absent
         for name, tensor in zip(one.parameters, one.tensors, strict=True)
     }
-    found = find_parameters(model, wanted, shards(folder))
-    return [
-        _recipe(
-            one, (found[one.parameters[0]], found[one.parameters[1]]), options.schemes(one.path)
-        )
-        for one in absent
-    ]
+    found = find_parameters(model, wanted, weights.pieces)
+    if options.budget is not None:
+        chosen = choose(dict(_matrices(absent, found)), options.budget)
+        options = replace(options, quantize=chosen)
+    recipes: list[Recipe] = []
+    for one in absent:
+        pieces = found[one.parameters[0]], found[one.parameters[1]]
+        kept = keep_codes and options.quantize is None
+        schemes = kept_schemes(one.path, pieces) if kept else options.schemes(one.path)
+        recipe = _recipe(one, pieces, schemes)
+        importance = None if calibration is None else calibration.blocks[one.path]
+        recipes.append(replace(recipe, kept=kept, importance=importance))
+    return recipes
+
+
+def _matrices(
+    absent: Sequence[Absent], pieces: Mapping[str, Piece]
+) -> Iterator[tuple[str, Matrices]]:
+    """Give the matrices of a checkpoint's experts, output-major, for a budget to be shared."""
+    for one in absent:
+        turned = bool(getattr(one.module, "is_transposed", False))
+        for name, tensor, projection in zip(
+            one.parameters, one.tensors, ("gate_up_proj", "down_proj"), strict=True
+        ):
+            experts, rows, columns = tensor.mT.shape if turned else tensor.shape
+            read = partial(_read_matrix, pieces[name], turned)
+            shape = (experts, rows, columns)
+            yield f"{one.path}.{projection}", Matrices(shape=shape, read=read)
+
+
+def _read_matrix(piece: Piece, turned: bool, expert: int) -> torch.Tensor:
+    matrix = piece.select(expert).read(read_tensor)
+    return matrix.T if turned else matrix
 
 
 def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None) -> Recipe:
@@ -117,10 +156,7 @@ def make_record(recipe: Recipe, expert: int) -> torch.Tensor:
     Raises `StoreError` naming block and expert when its weights cannot be packed.
     """
     try:
-        matrices = [piece.select(expert).read(read_tensor) for piece in recipe.pieces]
-        first, second = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
-        tensors = {"gate_up": first, "down": second}
-        return lay_out(tensors, recipe.layout, recipe.spec, recipe.schemes)
+        return _record(recipe, expert)
     except MoeccError as error:
         raise StoreError(f"cannot pack expert {expert} of {recipe.path!r}: {error}") from error
 
@@ -130,18 +166,23 @@ def lay_out(
     layout: Layout,
     spec: KernelSpec | None,
     schemes: Schemes | None,
+    importance: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Make the record of one expert, uint8 [size], of its matrices [1, ., .].
 
-    Raises `InputError` when they cannot be packed.
+    `importance` is that of `packed_tensors`. Raises `InputError` when they cannot be packed.
     """
     if not all(one.isfinite().all() for one in tensors.values()):
         raise InputError("its weights hold inf or NaN")
     parts: Mapping[str, torch.Tensor | None] = tensors
     if schemes is not None and spec is not None:
         given = (tensors["gate_up"], tensors["down"], None, None, tensors.get("up"), None)
-        packed = packed_tensors(spec, schemes, given)
+        packed = packed_tensors(spec, schemes, given, importance)
         parts = {"gate_up": packed[0], "down": packed[1], "up": packed[4]}
+    return _joined(parts, layout)
+
+
+def _joined(parts: Mapping[str, torch.Tensor | None], layout: Layout) -> torch.Tensor:
     record = torch.zeros(layout.size, dtype=torch.uint8)
     for part in layout.parts:
         tensor = parts[part.name]
@@ -149,3 +190,14 @@ def lay_out(
         data = tensor.contiguous().view(torch.uint8).flatten()
         record[part.offset : part.offset + part.size] = data
     return record
+
+
+def _record(recipe: Recipe, expert: int) -> torch.Tensor:
+    first, second = (piece.select(expert) for piece in recipe.pieces)
+    if recipe.kept and recipe.schemes is not None and recipe.spec is not None:
+        return _joined(packed_codes(recipe.spec, recipe.schemes, (first, second)), recipe.layout)
+    matrices = (piece.read(read_tensor) for piece in (first, second))
+    gate_up, down = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
+    tensors = {"gate_up": gate_up, "down": down}
+    importance = None if recipe.importance is None else recipe.importance.of(expert)
+    return lay_out(tensors, recipe.layout, recipe.spec, recipe.schemes, importance)

@@ -7,28 +7,26 @@ tensors (`moecc.checkpoint.pieces`) instead of tensors. No model is named anywhe
 
 import copy
 import importlib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from moecc.checkpoint.files import Tensor, read_headers
-from moecc.checkpoint.pieces import Piece, Stored, as_piece
+from moecc.checkpoint.files import Tensor
+from moecc.checkpoint.pieces import Piece, as_piece
 from moecc.runtime.errors import StoreError
 
 
 def find_parameters(
-    model: nn.Module, wanted: Mapping[str, torch.Size], files: Iterable[Path]
+    model: nn.Module, wanted: Mapping[str, torch.Size], pieces: Mapping[str, Piece]
 ) -> dict[str, Piece]:
-    """Say how each wanted parameter is made of the tensors of a checkpoint.
+    """Say how each wanted parameter is made of the `pieces` of a checkpoint.
 
     `wanted` has the names and shapes of parameters that `model` lacks at the moment; `model` is a
     transformers model. Raises `StoreError` naming a parameter that is not there, has another shape
     or is made in a way that cannot be followed.
     """
-    tensors = read_headers(files)
     loading: Any = importlib.import_module("transformers.core_model_loading")
     mapping: Any = importlib.import_module("transformers.conversion_mapping")
     transforms: list[Any] = mapping.get_model_conversion_mapping(model) or []
@@ -39,11 +37,11 @@ def find_parameters(
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     collected: dict[str, Any] = {}
     found: dict[str, Piece] = {}
-    for name in sorted(tensors, key=loading.dot_natural_key):
+    for name in sorted(pieces, key=loading.dot_natural_key):
         target, pattern = loading.rename_source_key(name, renamings, converters, prefix, names)
         if target not in wanted:
             continue
-        piece = Stored(tensors[name])
+        piece = pieces[name]
         if pattern is None:
             found[target] = piece
             continue

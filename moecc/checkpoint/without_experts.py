@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.runtime.errors import MissingExtra, ModelError
+from moecc.checkpoint.coded import Coded, coded_parts
+from moecc.checkpoint.pieces import Piece
+from moecc.checkpoint.sources import read_tensor
+from moecc.checkpoint.weights import Weights
+from moecc.records import note
+from moecc.runtime.errors import MissingExtra, ModelError, StoreError
 from moecc.runtime.modules import named_modules, parameters_of
 
 _ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "down_proj")
@@ -40,22 +45,74 @@ class Absent:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | str, *, with_experts: bool = False
+    folder: Path,
+    dtype: torch.dtype | str,
+    *,
+    weights: Weights | None = None,
+    with_experts: bool = False,
 ) -> tuple[nn.Module, tuple[Absent, ...]]:
     """Load everything but the matrices of experts, and say which are absent.
 
-    Raises `ModelError` when transformers cannot load the folder, `MissingExtra` without it.
+    Weights in codes are dequantized; `weights` says which those of the folder are. Raises
+    `ModelError` when transformers cannot load the folder, `MissingExtra` without it.
     """
     transformers = _transformers()
     absent: list[Absent] = []
+    own = None if weights is None else weights.config
     with _naming(folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder) if own is None else own
         kind = _model_class(transformers, config)
         loader = kind if with_experts else _class_without_experts(kind, absent)
         with _no_progress_bar(transformers):
-            model: Any = loader.from_pretrained(folder, config=config, dtype=dtype)
+            if weights is None or not weights.coded:
+                model: Any = loader.from_pretrained(folder, config=config, dtype=dtype)
+            else:
+                model = _load_coded(transformers, loader, folder, config, dtype, weights)
     model.__class__ = kind
     return model, tuple(absent)
+
+
+def _load_coded(
+    transformers: Any, loader: Any, folder: Path, config: Any, dtype: Any, weights: Weights
+) -> Any:
+    """Load weights that transformers would hand to a quantizer, which may need a GPU or a library.
+
+    They are read one by one, when their place in the model is known.
+    """
+    config.__dict__.pop("quantization_config", None)
+    unread = {name: _Unread(piece) for name, piece in weights.pieces.items()}
+    model, found = loader.from_pretrained(
+        None,
+        config=config,
+        dtype=config.dtype or torch.float32 if dtype == "auto" else dtype,
+        state_dict=unread,
+        output_loading_info=True,
+    )
+    if found["missing_keys"]:
+        raise StoreError(f"{str(folder)!r} has nothing for {sorted(found['missing_keys'])}")
+    read = [one.piece for one in unread.values() if one.was_read]
+    count = sum(any(isinstance(part, Coded) for part in coded_parts(piece)) for piece in read)
+    if count:
+        name = str(model.dtype).removeprefix("torch.")
+        note(
+            model, f"{count} {weights.method} weights outside of experts are dequantized to {name}"
+        )
+    model.config.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@dataclass(slots=True)
+class _Unread:
+    """What transformers takes for a slice of a file: indexed, it is read."""
+
+    piece: Piece
+    was_read: bool = False
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        self.was_read = True
+        return self.piece.read(read_tensor)
 
 
 def make_skeleton(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, tuple[Absent, ...]]:

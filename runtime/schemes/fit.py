@@ -21,6 +21,29 @@ def by_column(weight: torch.Tensor, block: int) -> Iterator[torch.Tensor]:
         yield groups[start : start + _PART // block].float().T.contiguous()
 
 
+def weighed_by_column(
+    weight: torch.Tensor, block: int, importance: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Give the groups of a matrix as `by_column` does, and what their errors weigh, in that form.
+
+    `importance` is [K], the same for every row; None: all errors weigh 1.
+    """
+    start = 0
+    for part in by_column(weight, block):
+        weights = None
+        if importance is not None:
+            of_group = importance.float().reshape(-1, block)
+            groups = torch.arange(start, start + part.shape[1]) % len(of_group)
+            weights = of_group[groups].T.contiguous()
+        yield part, weights
+        start += part.shape[1]
+
+
+def weigh(part: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Multiply by weights, if there are any."""
+    return part if weights is None else part * weights
+
+
 def put_together(parts: Sequence[Quantized], rows: int) -> Quantized:
     """Make a matrix of so many rows from the parts of `by_column`: codes [block, groups] each."""
     codes = torch.cat([one.codes.T for one in parts]).reshape(rows, -1)

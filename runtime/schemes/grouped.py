@@ -1,6 +1,7 @@
 """int2, int3, int4: codes 0..2^bits - 1 in groups along a row, a float16 scale each.
 
     w = (code - 2^(bits - 1)) * scale        or, with zeros,        w = code * scale + zero
+                                             or, with points,       w = (code - point) * scale
 
 Without zeros the largest weight may get code 0, which has no counterpart on the other side, so that
 all codes are of use (as in llama.cpp's Q4_0).
@@ -15,7 +16,13 @@ beyond what a root-norm bears is taken out before solving, so that clipped weigh
 import torch
 
 from moecc.runtime.errors import InputError
-from moecc.runtime.schemes.fit import by_column, put_together, total
+from moecc.runtime.schemes.fit import (
+    by_column,
+    put_together,
+    total,
+    weigh,
+    weighed_by_column,
+)
 from moecc.runtime.schemes.scheme import Quantized, Scheme
 
 _SMALLEST = 2.0**-24
@@ -30,6 +37,8 @@ _SHARPNESS = 5.0
 
 _Fit = tuple[torch.Tensor, torch.Tensor]
 """Scale and the weight of code 0, for each group."""
+_Weights = torch.Tensor | None
+"""What errors weigh, [block, groups]; None: all the same."""
 
 
 def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
@@ -44,11 +53,17 @@ def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     return put_together(coded, len(weight))
 
 
-def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
-    """Round a matrix [N, K], K in whole groups, with scales and zeros fitted to it."""
+def quantize(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> Quantized:
+    """Round a matrix [N, K], K in whole groups, with scales and zeros fitted to it.
+
+    `importance` [K] is what squared errors of each column weigh.
+    """
     fit = _fit_affine if scheme.zeros else _fit_symmetric
-    parts = by_column(weight, scheme.block)
-    return put_together([_coded(part, fit(part, scheme), scheme) for part in parts], len(weight))
+    parts = weighed_by_column(weight, scheme.block, importance)
+    coded = [_coded(part, fit(part, weights, scheme), scheme) for part, weights in parts]
+    return put_together(coded, len(weight))
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
@@ -57,14 +72,17 @@ def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     scales = quantized.scales.float().unsqueeze(-1)
     if quantized.zeros is None:
         return ((codes - _half(scheme)) * scales).flatten(1)
-    return (codes * scales + quantized.zeros.float().unsqueeze(-1)).flatten(1)
+    zeros = quantized.zeros.float().unsqueeze(-1)
+    return ((codes - zeros) * scales if scheme.points else codes * scales + zeros).flatten(1)
 
 
-def _fit_symmetric(part: torch.Tensor, scheme: Scheme) -> _Fit:
+def _fit_symmetric(part: torch.Tensor, weights: _Weights, scheme: Scheme) -> _Fit:
     """Find scales of least squared error, from a few, improved by turns.
 
     For codes q the best scale is wq / qq, and it explains (wq)^2 / qq of the weights' squares.
     """
+    weighed = weigh(part, weights)
+    smallest = 1 if weights is None else _SMALLEST  # of qq; codes of weighed groups may be no sum
     half, largest = _half(scheme), _largest(part)
     best, most = torch.zeros_like(largest), torch.full_like(largest, -1)
     for outermost in (-half, half - 1):
@@ -73,8 +91,8 @@ def _fit_symmetric(part: torch.Tensor, scheme: Scheme) -> _Fit:
             along = scale
             for _ in range(_TURNS):
                 codes = _rounded(part, scale, -half, half - 1)
-                along = total(part * codes)
-                scale = along / total(codes.square_()).clamp_(min=1)
+                along = total(weighed * codes)
+                scale = along / total(weigh(codes.square_(), weights)).clamp_(min=smallest)
             explained = along * scale
             better = explained > most
             best = torch.where(better, scale, best)
@@ -82,7 +100,7 @@ def _fit_symmetric(part: torch.Tensor, scheme: Scheme) -> _Fit:
     return _signed(best, scheme)
 
 
-def _fit_affine(part: torch.Tensor, scheme: Scheme) -> _Fit:
+def _fit_affine(part: torch.Tensor, weights: _Weights, scheme: Scheme) -> _Fit:
     """Find scales and zeros of least squared error, from a few ranges, improved by turns."""
     top = 2**scheme.bits - 1
     best, least = _span(part, scheme, 1.0), torch.full_like(part[0], torch.inf)
@@ -91,9 +109,9 @@ def _fit_affine(part: torch.Tensor, scheme: Scheme) -> _Fit:
         for turn in range(_ROBUST_TURNS + _TURNS):
             codes = _rounded(part - fit[1], fit[0], 0, top)
             wanted = part - _unbearable(part, codes, fit) if turn < _ROBUST_TURNS else part
-            fit = _line(wanted, codes, fit)
+            fit = _on_point(_line(wanted, codes, weights, fit), scheme)
         codes = _rounded(part - fit[1], fit[0], 0, top)
-        error = total(_error(part, codes, fit).square_())
+        error = total(weigh(_error(part, codes, fit).square_(), weights))
         better = error < least
         least = torch.where(better, error, least)
         best = (torch.where(better, fit[0], best[0]), torch.where(better, fit[1], best[1]))
@@ -113,21 +131,33 @@ def _error(part: torch.Tensor, codes: torch.Tensor, fit: _Fit) -> torch.Tensor:
     return (codes * fit[0]).add_(fit[1]).neg_().add_(part)
 
 
-def _line(wanted: torch.Tensor, codes: torch.Tensor, fit: _Fit) -> _Fit:
+def _line(wanted: torch.Tensor, codes: torch.Tensor, weights: _Weights, fit: _Fit) -> _Fit:
     """Solve for the line codes * scale + zero of least squares; keep the scale of equal codes."""
-    count, weights, sums = len(codes), total(wanted), total(codes)
-    spread = count * total(codes.square()) - sums * sums
-    slope = count * total(codes * wanted) - sums * weights
-    scale = torch.where(spread > 0, slope / spread.clamp(min=1), fit[0])
-    return scale, (weights - scale * sums) / count
+    count = len(codes) if weights is None else total(weights)
+    weighed = weigh(codes, weights)
+    goal, sums = total(weigh(wanted, weights)), total(weighed)
+    spread = count * total(weighed * codes) - sums * sums
+    slope = count * total(weighed * wanted) - sums * goal
+    least = 1 if weights is None else 1e-4 * count * count  # spread of equal codes is no exact 0
+    scale = torch.where(spread >= least, slope / spread.clamp(min=_SMALLEST), fit[0])
+    return scale, (goal - scale * sums) / count
 
 
 def _span(part: torch.Tensor, scheme: Scheme, kept: float) -> _Fit:
     """Spread codes over part of the range of each group, about its middle."""
     low, high = part.amin(0), part.amax(0)
+    if scheme.points:  # codes of a group that is far from 0 would have their point out of reach
+        low, high = low.clamp(max=0), high.clamp(min=0)
     top = 2**scheme.bits - 1
     scale = (high - low) * (kept / top)
-    return scale, low if kept == 1 else (low + high - scale * top) / 2
+    zero = low if kept == 1 else (low + high - scale * top) / 2
+    return _on_point((scale, zero), scheme)
+
+
+def _on_point(fit: _Fit, scheme: Scheme) -> _Fit:
+    """Move code 0 so that a whole code, if only one beyond the others, stands for 0."""
+    scale, zero = fit
+    return (scale, (zero / _step(scale)).round_() * scale) if scheme.points else fit
 
 
 def _signed(scale: torch.Tensor, scheme: Scheme) -> _Fit:
@@ -154,14 +184,17 @@ def _rounded(part: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> to
 
 def _coded(part: torch.Tensor, fit: _Fit, scheme: Scheme) -> Quantized:
     """Round [block, groups] with scales and zeros as they are stored."""
-    scales, zeros = fit[0].to(scheme.scale), fit[1].to(scheme.scale)
+    scales = fit[0].to(scheme.scale)
+    zeros = (-fit[1] / _step(fit[0])).round_() if scheme.points else fit[1]
+    zeros = zeros.to(scheme.scale)
     if not (scales.isfinite() & zeros.isfinite()).all():
         raise InputError(
             f"weights up to {float(part.abs().max()):.3g} are too large for the float16 scales of "
             f"{scheme}; int8 and mxfp4 have no such limit"
         )
     if scheme.zeros:
-        codes = _rounded(part - zeros.float(), scales.float(), 0, 2**scheme.bits - 1)
+        zero = -zeros.float() * scales.float() if scheme.points else zeros.float()
+        codes = _rounded(part - zero, scales.float(), 0, 2**scheme.bits - 1)
     else:
         half = _half(scheme)
         codes = _rounded(part, scales.float(), -half, half - 1) + half

@@ -7,7 +7,13 @@ keeps the one with the least squared error.
 
 import torch
 
-from moecc.runtime.schemes.fit import by_column, put_together, total
+from moecc.runtime.schemes.fit import (
+    by_column,
+    put_together,
+    total,
+    weigh,
+    weighed_by_column,
+)
 from moecc.runtime.schemes.scheme import Quantized, Scheme
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -20,10 +26,15 @@ def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
     return put_together([_coded(part, _power(part)) for part in parts], len(weight))
 
 
-def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
-    """Round a matrix [N, K], K in whole groups, with the best of three powers for each."""
-    parts = by_column(weight, scheme.block)
-    return put_together([_coded(part, _fit(part)) for part in parts], len(weight))
+def quantize(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> Quantized:
+    """Round a matrix [N, K], K in whole groups, with the best of three powers for each.
+
+    `importance` [K] is what squared errors of each column weigh.
+    """
+    parts = weighed_by_column(weight, scheme.block, importance)
+    return put_together([_coded(part, _fit(part, weights)) for part, weights in parts], len(weight))
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
@@ -38,13 +49,13 @@ def _power(part: torch.Tensor) -> torch.Tensor:
     return (exponent - 1 - 2).clamp(-126, 127)  # the largest code is 1.5 * 2^2
 
 
-def _fit(part: torch.Tensor) -> torch.Tensor:
+def _fit(part: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     nearest = best = _power(part)
     least = torch.full_like(part[0], torch.inf)
     for power in (nearest, nearest - 1, nearest + 1):
         power = power.clamp(-126, 127)
         scaled = part.abs() / torch.exp2(power.float())
-        error = total((_magnitude(scaled) - scaled).square_())
+        error = total(weigh((_magnitude(scaled) - scaled).square_(), weights))
         error *= torch.exp2(2.0 * (power - nearest))
         best = torch.where(error < least, power, best)
         least = torch.where(error < least, error, least)

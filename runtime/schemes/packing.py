@@ -22,6 +22,8 @@ from moecc.runtime.errors import InputError
 from moecc.runtime.schemes import fp8, grouped, int8, mxfp4
 from moecc.runtime.schemes.scheme import Quantized, Scheme
 
+_LEAST_IMPORTANCE = 0.01
+"""Of a column, over the mean of all."""
 ROWS = 16
 LINE = 64
 
@@ -33,8 +35,10 @@ class Format(Protocol):
         """Round to nearest."""
         ...
 
-    def quantize(self, weight: torch.Tensor, scheme: Scheme) -> Quantized:
-        """Round with fitted scales."""
+    def quantize(
+        self, weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None
+    ) -> Quantized:
+        """Round with fitted scales; `importance` [K] is what columns weigh in the fit."""
         ...
 
     def dequantize(self, quantized: Quantized, scheme: Scheme) -> torch.Tensor:
@@ -50,12 +54,21 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def quantize(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+def quantize(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> Quantized:
     """Quantize a matrix [N, K]; columns are filled up to whole blocks.
 
-    Raises `InputError` when a weight is not finite, or too large for the scheme's scales.
+    `importance` [K] is the mean square of each input, which errors of its column weigh; None: all
+    weigh the same. Raises `InputError` when a weight is not finite, or too large for the scheme's
+    scales.
     """
-    return FORMATS[scheme.name].quantize(_in_blocks(weight, scheme), scheme)
+    if importance is not None:
+        mean = importance.float().mean()
+        # Inputs that calibration saw little of may be larger elsewhere.
+        known = (importance.float() / mean).clamp(min=_LEAST_IMPORTANCE) if mean > 0 else None
+        importance = None if known is None else _in_blocks(known.unsqueeze(0), scheme)[0]
+    return FORMATS[scheme.name].quantize(_in_blocks(weight, scheme), scheme, importance)
 
 
 def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
@@ -93,12 +106,17 @@ def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
     return -(-rows // ROWS) * panel_bytes(columns, scheme)
 
 
-def pack_experts(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Quantize and pack the matrices [E, N, K] of a product: uint8 [E, bytes]."""
+def pack_experts(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Quantize and pack the matrices [E, N, K] of a product: uint8 [E, bytes].
+
+    `importance` [K] is that of `quantize`, for all of them.
+    """
     experts, rows, columns = weight.shape
     packed = torch.empty(experts, packed_bytes(rows, columns, scheme), dtype=torch.uint8)
     for expert in range(experts):
-        packed[expert] = pack(quantize(weight[expert], scheme), scheme)
+        packed[expert] = pack(quantize(weight[expert], scheme, importance), scheme)
     return packed
 
 

@@ -27,6 +27,8 @@ class Scheme:
     """Rows that share a scale with each other."""
     zeros: bool = False
     """Each group also stores the weight that its code 0 stands for."""
+    points: bool = False
+    """Or instead of that weight the code, maybe beyond the others, that stands for 0."""
 
     @property
     def block(self) -> int:
@@ -46,10 +48,11 @@ class Scheme:
 
     def __str__(self) -> str:
         """Name the scheme as options do: `int4-g64-zeros`."""
-        group = f"-g{self.group}" if self.name in _GROUPED else ""
+        group = f"-g{self.group}" if self.group and self.scale == torch.float16 else ""
         if self.rows > 1:
             group = f"-b{self.rows}"
-        return f"{self.name}{group}{'-zeros' if self.zeros else ''}"
+        zeros = "-points" if self.points else "-zeros" if self.zeros else ""
+        return f"{self.name}{group}{zeros}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,28 +79,36 @@ class Quantized:
     scales: torch.Tensor
     """[N / rows, K / group], or [N, 1] for whole rows; in the scheme's dtype."""
     zeros: torch.Tensor | None = None
-    """As scales: the weight that code 0 stands for."""
+    """As scales: the weight that code 0 stands for, or with points the code that stands for 0."""
 
 
 _GROUPED = {"int2": 2, "int3": 3, "int4": 4}
 _SIZES = (32, 64, 128)
 
 
-def grouped(name: str, group: int = 32, *, zeros: bool = False) -> Scheme:
+def grouped(name: str, group: int = 32, *, zeros: bool = False, points: bool = False) -> Scheme:
     """Give a scheme of `int2`, `int3` or `int4`; raises `InputError` for a size kernels lack."""
     if group not in _SIZES:
         raise InputError(f"{name} groups have 32, 64 or 128 weights, not {group}")
-    return Scheme(name=name, bits=_GROUPED[name], scale=torch.float16, group=group, zeros=zeros)
+    return Scheme(
+        name=name,
+        bits=_GROUPED[name],
+        scale=torch.float16,
+        group=group,
+        zeros=zeros or points,
+        points=points,
+    )
 
 
 int4 = partial(grouped, "int4")
 INT8 = Scheme(name="int8", bits=8, scale=torch.float32)
+INT8_GROUPS = Scheme(name="int8", bits=8, scale=torch.float16, group=32)
 FP8 = Scheme(name="fp8", bits=8, scale=torch.float32)
 FP8_BLOCKS = Scheme(name="fp8", bits=8, scale=torch.float32, group=128, rows=128)
 MXFP4 = Scheme(name="mxfp4", bits=4, scale=torch.uint8, group=32)
 SCHEMES = {
     **{name: grouped(name) for name in _GROUPED},
-    **{str(one): one for one in (INT8, FP8, FP8_BLOCKS, MXFP4)},
+    **{str(one): one for one in (INT8, INT8_GROUPS, FP8, FP8_BLOCKS, MXFP4)},
     **{
         str(one): one
         for one in (
@@ -107,7 +118,10 @@ SCHEMES = {
             for zeros in (False, True)
         )
     },
+    **{str(one): one for one in (int4(size, points=True) for size in _SIZES)},
 }
 """Every scheme by its name; `int4` alone has groups of 32, and so have `int3` and `int2`.
 
-int3 and int2 are experimental: for copies that draft, which a better one checks."""
+Points are how GPTQ and AWQ store zeros, and groups of int8 are Q8_0 of GGUF: moecc keeps the codes
+of such checkpoints. For weights that are to be rounded zeros are better. int3 and int2 are
+experimental: for copies that draft, which a better one checks."""

@@ -52,7 +52,7 @@ def steps(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         half = (
             (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True))
             / (2**scheme.bits - 1)
-            / 2
+            / (1 if scheme.points else 2)  # whose end codes may be half a step inside the range
         )
     else:
         half = size / 2 ** (

@@ -1,0 +1,1 @@
+"""Formats of checkpoints whose weights are codes, one a file."""
