@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from moecc.codegen.spec import KernelSpec
+from moecc.runtime.schemes.packing import ROWS
+from moecc.runtime.schemes.scheme import Scheme
 
 MAX_DECODE_TOKENS = 16
 """Kernels like the decode ones cross over with grouped ones near here."""
@@ -97,14 +99,18 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
     )
 
 
-def decode_tile(columns: int, depth: int, transposed: bool) -> Tile:
+def decode_tile(columns: int, depth: int, transposed: bool, scheme: Scheme | None = None) -> Tile:
     """Choose the tile of a decode kernel, whose weights are input-major if `transposed`.
 
     4096 weights a step: 16 for each thread, 32 with gates and ups, all read before the first is
     used. That many reads in flight hide the latency, and matrices of usual size still make a few
-    programs for every SM. The longer side lies along memory.
+    programs for every SM. The longer side lies along memory. Packed weights come in panels of 16
+    rows; a step is 16 bytes a thread, as many codes as that is.
     """
     n, k = (32, 128) if transposed else (4, 1024)
+    if scheme is not None:
+        n, k = ROWS, 2048 // scheme.bits
+        return Tile(m=1, n=n, k=min(k, max(64, power_of_two(depth))), num_warps=8)
     return Tile(
         m=1,
         n=min(n, power_of_two(columns)),

@@ -18,7 +18,9 @@ from tests.codegen.triton_cases import (
     RELU2,
     TOLERANCE,
     assert_close,
+    decode,
     expect,
+    grouped,
     make_inputs,
     make_spec,
     tensors,
@@ -56,8 +58,8 @@ def test_both_algorithms_agree_with_the_definition(
     x = make_inputs(spec, tokens=5, active=2)
     launches, expected = plan_launches(spec), expect(spec, x)
     with interpreted():
-        assert_close(triton_emitter.run_decode(launches, x), expected, dtype)
-        assert_close(triton_emitter.run_grouped(launches, x, 16), expected, dtype)
+        assert_close(decode(launches, x), expected, dtype)
+        assert_close(grouped(launches, x, 16), expected, dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -72,7 +74,7 @@ def test_square_matrices_are_read_in_the_layout_that_the_spec_says(layout: str) 
         down=x.down.mT if spec.down_transposed else x.down,
     )
     with interpreted():
-        out = triton_emitter.run_decode(plan_launches(spec), x)
+        out = decode(plan_launches(spec), x)
     assert_close(out, expect(plain, turned), spec.dtype)
 
 
@@ -94,9 +96,9 @@ def test_a_product_is_compiled_as_where_both_lie_like_it(dtype: torch.dtype, kin
         plan = plans[layout]
         assert plan.decode_gate_up == first.decode_gate_up
         assert plan.decode_down == second.decode_down
-        for height, grouped in plan.grouped.items():
-            assert grouped.gate_up == first.grouped[height].gate_up
-            assert grouped.down == second.grouped[height].down
+        for height, by_height in plan.grouped.items():
+            assert by_height.gate_up == first.grouped[height].gate_up
+            assert by_height.down == second.grouped[height].down
 
 
 @pytest.mark.parametrize("layout", MIXED)
