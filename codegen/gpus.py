@@ -7,7 +7,10 @@ are the data sheets' of one board each. Nothing here is measured.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import torch
 
 from moecc.runtime.errors import OptionError
 
@@ -159,3 +162,19 @@ def gpu(target: str) -> Gpu:
     if target not in GPUS:
         raise OptionError(f"target {target!r} is not one of {', '.join(GPUS)}")
     return GPUS[target]
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Describe a device by its target, or by the newest one here that is older.
+
+    Tensors that are on no GPU stand for some of an H100, so that tests need none.
+    """
+    if device.type != "cuda":
+        return GPUS["sm_90"]
+    if torch.version.hip is not None:
+        return GPUS["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    numbers = [int(name[3:]) for name, gpu in GPUS.items() if not gpu.is_amd]
+    older = [number for number in numbers if number <= 10 * major + minor]
+    return GPUS[f"sm_{max(older, default=min(numbers))}"]

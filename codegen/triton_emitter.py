@@ -1,6 +1,6 @@
 """Write the experts kernel in Triton, for CUDA devices.
 
-Two algorithms, chosen per call from T and K by `triton_tiles`:
+Two algorithms, chosen per call from T and K by their cost (`triton_costs`):
 
     decode     decode_gate_up -> decode_down
                few tokens: bound by reading weights, one row at a time
@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
+from moecc.codegen.gpus import gpu_of
 from moecc.codegen.spec import Kernel, KernelSpec
+from moecc.codegen.triton_costs import MAX_ROUTE, ROUTE_CHUNK, Plan, choose_plan
 from moecc.codegen.triton_inputs import Inputs, check_inputs
-from moecc.codegen.triton_launches import CHOICES, ROUTE_CHUNK, Launches, plan_launches
-from moecc.codegen.triton_tiles import choose_block_m, power_of_two, prefers_decode
+from moecc.codegen.triton_launches import CHOICES, Launches, plan_launches
+from moecc.codegen.triton_tiles import power_of_two
 from moecc.runtime.errors import InputError, UnsupportedSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_ROUTE = 8 * ROUTE_CHUNK
-"""Up to here one program sorts the assignments; above, a program per chunk and three launches."""
 
 
 def _blocks(size: int, block: int) -> int:
@@ -97,17 +97,18 @@ def run_grouped(launches: Launches, x: Inputs, out: torch.Tensor, block_m: int) 
     launches.reduce_terms(grid, *tensors, active, **_choices(active))
 
 
-def run_into(launches: Launches, x: Inputs, out: torch.Tensor) -> None:
-    """Choose an algorithm and run it; with slots, out is added onto."""
+def run_into(launches: Launches, plan: Plan | None, x: Inputs, out: torch.Tensor) -> None:
+    """Run a plan, or the one that costs least; with slots, out is added onto."""
     check_inputs(launches.spec, x)
     tokens, active = x.ids.shape
     if tokens * active == 0:
         return
+    plan = plan or choose_plan(launches.spec, gpu_of(out.device), tokens, active)
     with torch.cuda.device_of(out):  # Triton launches on the current device
-        if prefers_decode(launches.spec, tokens, active):
+        if plan.block_m is None:
             run_decode(launches, x, out)
         else:
-            run_grouped(launches, x, out, choose_block_m(launches.spec, tokens, active))
+            run_grouped(launches, x, out, plan.block_m)
 
 
 def make_inputs(*tensors: torch.Tensor | None, slots: torch.Tensor | None = None) -> Inputs:
@@ -131,16 +132,22 @@ def make_inputs(*tensors: torch.Tensor | None, slots: torch.Tensor | None = None
     return Inputs(**dense, gate_up=gate_up, down=down, up=up)
 
 
-def run_experts(launches: Launches, *tensors: torch.Tensor | None) -> torch.Tensor:
+def run_experts(
+    launches: Launches, plan: Plan | None, *tensors: torch.Tensor | None
+) -> torch.Tensor:
     """Compute the block as `ExpertsFn` says."""
     x = make_inputs(*tensors)
     out = torch.empty_like(x.hidden) if x.ids.numel() else torch.zeros_like(x.hidden)
-    run_into(launches, x, out)
+    run_into(launches, plan, x, out)
     return out
 
 
 def add_experts(
-    launches: Launches, onto: torch.Tensor, slots: torch.Tensor, *tensors: torch.Tensor | None
+    launches: Launches,
+    plan: Plan | None,
+    onto: torch.Tensor,
+    slots: torch.Tensor,
+    *tensors: torch.Tensor | None,
 ) -> None:
     """Add what the experts in slots give, as `AddExpertsFn` says.
 
@@ -150,11 +157,11 @@ def add_experts(
         raise InputError(
             f"onto is {onto.dtype} with strides {onto.stride()}; it has to be contiguous float32"
         )
-    run_into(launches, make_inputs(*tensors, slots=slots.to(onto.device)), onto)
+    run_into(launches, plan, make_inputs(*tensors, slots=slots.to(onto.device)), onto)
 
 
-def emit(spec: KernelSpec) -> Kernel:
-    """Write the kernel of a spec; the first call compiles it.
+def emit(spec: KernelSpec, plan: Plan | None = None) -> Kernel:
+    """Write the kernel of a spec; the first call compiles it. A plan is used for all T and K.
 
     Raises `UnsupportedSpec` with the reason: not a CUDA device, not a dtype that the kernels know,
     a split that is not one of halves, a scheme that the kernels do not read, or no triton.
@@ -171,5 +178,5 @@ def emit(spec: KernelSpec) -> Kernel:
     source = "\n\n".join(
         [launches.activation, *(inspect.getsource(module) for module in modules if module)]
     )
-    run, add = partial(run_experts, launches), partial(add_experts, launches)
+    run, add = partial(run_experts, launches, plan), partial(add_experts, launches, plan)
     return Kernel(spec=spec, emitter="triton", run=run, add=add, source=source)

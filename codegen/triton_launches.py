@@ -15,12 +15,11 @@ from typing import Any
 
 from moecc.codegen.activation import Expr, render
 from moecc.codegen.spec import KernelSpec
+from moecc.codegen.triton_costs import ROUTE_CHUNK
 from moecc.codegen.triton_packed import describe
 from moecc.codegen.triton_tiles import Tile, block_ms, decode_tile, grouped_tile, power_of_two
 from moecc.runtime.errors import UnsupportedSpec
 
-ROUTE_CHUNK = 256
-"""Assignments ranked at a time; each is compared with all, 256 comparisons a thread."""
 SCAN_BLOCK = 1024
 REDUCE_BLOCK = 1024
 CHOICES = 32
