@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-import sympy
+import sympy as _sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 from moecc.codegen.gpus import Gpu
@@ -25,6 +25,7 @@ from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_tiles import Tile, block_ms, decode_tile, grouped_tile
 from moecc.runtime.schemes.scheme import Scheme
 
+sympy: Any = _sympy  # whose own types are partial
 T = sympy.Symbol("T", positive=True, integer=True)
 LAUNCH = 3e-6
 """Seconds between kernels of which one needs the other: to drain the GPU and to fill it again."""
@@ -46,6 +47,11 @@ class Plan:
     """Seconds over `T`, a sympy expression."""
     seconds: Callable[[int], float]
     """The same, compiled."""
+
+    @property
+    def text(self) -> str:
+        """Print the expression with three digits."""
+        return str(sympy.N(self.expression, 3))
 
     def __str__(self) -> str:
         return "decode" if self.block_m is None else f"grouped, {self.block_m} rows a tile"

@@ -15,7 +15,7 @@ from typing import Any
 
 from moecc.codegen.activation import Expr, render
 from moecc.codegen.spec import KernelSpec
-from moecc.codegen.triton_costs import ROUTE_CHUNK
+from moecc.codegen.triton_costs import MAX_ROUTE, ROUTE_CHUNK
 from moecc.codegen.triton_packed import describe
 from moecc.codegen.triton_tiles import Tile, block_ms, decode_tile, grouped_tile, power_of_two
 from moecc.runtime.errors import UnsupportedSpec
@@ -133,6 +133,15 @@ class Launches:
     reduce_terms: Launch
     grouped: Mapping[int, GroupedLaunches]
     """By tile height."""
+
+    def of(self, block_m: int | None, assignments: int) -> list[Launch]:
+        """List what runs, in its order, with tiles of this height, or None for decode."""
+        if block_m is None:
+            return [self.decode_gate_up, self.decode_down]
+        grouped = self.grouped[block_m]
+        chunked = [self.count_experts, self.scan_chunks, grouped.place_chunks]
+        routing = [grouped.route] if assignments <= MAX_ROUTE else chunked
+        return [*routing, grouped.gate_up, grouped.down, self.reduce_terms]
 
     def every(self) -> list[Launch]:
         """List the kernels, those that differ only in tile height one after the other."""
