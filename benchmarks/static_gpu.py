@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,12 +69,12 @@ class Row:
         return f"{self.weights} {self.kernel}"
 
 
-def make_spec(weights: str) -> KernelSpec:
-    """Make the spec of the layer with these weights."""
+def make_spec(weights: str, shape: Mapping[str, int] = SHAPE) -> KernelSpec:
+    """Make the spec of a layer with these weights."""
     spec = KernelSpec(
-        hidden=SHAPE["hidden"],
-        intermediate=SHAPE["intermediate"],
-        experts=SHAPE["experts"],
+        hidden=shape["hidden"],
+        intermediate=shape["intermediate"],
+        experts=shape["experts"],
         dtype=torch.bfloat16,
         activation=apply("mul", apply("silu", GATE), UP),
         gated=True,

@@ -174,7 +174,8 @@ def emit(spec: KernelSpec, plan: Plan | None = None) -> Kernel:
     if spec.split and (spec.interleaved or not spec.gated):
         raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
     launches = plan_launches(spec)
-    modules = dict.fromkeys(inspect.getmodule(launch.kernel.fn) for launch in launches.every())
+    kernels = [launch.kernel for launch in launches.every()]
+    modules = dict.fromkeys(inspect.getmodule(one.fn) for one in (*launches.helpers(), *kernels))
     source = "\n\n".join(
         [launches.activation, *(inspect.getsource(module) for module in modules if module)]
     )

@@ -143,6 +143,11 @@ class Launches:
         routing = [grouped.route] if assignments <= MAX_ROUTE else chunked
         return [*routing, grouped.gate_up, grouped.down, self.reduce_terms]
 
+    def helpers(self) -> list[Any]:
+        """List a function of each module that the kernels call."""
+        packed = [_import_kernel("load_packed", "low_bit")] if self.spec.schemes else []
+        return [_import_kernel("locate", "choices"), *packed]
+
     def every(self) -> list[Launch]:
         """List the kernels, those that differ only in tile height one after the other."""
         parts = ("route", "place_chunks", "gate_up", "down")

@@ -1,6 +1,6 @@
 """Compile a transformers model whose tensors claim to be on a CUDA device, and print what ran.
 
-    python -m tests.codegen.fake_cuda_model qwen3_moe FOLDER
+    python -m tests.codegen.fake_cuda_model qwen3_moe FOLDER [int4]
 
 A process of its own: the device guard that it loads stays for good.
 """
@@ -9,7 +9,6 @@ import ctypes
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,12 +52,12 @@ def move(model: torch.nn.Module) -> None:
 
 
 def main() -> None:
-    kind, folder = sys.argv[1], Path(sys.argv[2])
-    ctypes.CDLL(str(build(folder)))
+    kind, folder, *quantize = sys.argv[1:]
+    ctypes.CDLL(str(build(Path(folder))))
     model = tiny_model(kind, torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         move(model)
-        options = {"inner": "eager", "strict": True}
+        options = {"inner": "eager", "strict": True, "quantize": quantize[0] if quantize else None}
         compiled = torch.compile(model, backend="moecc", options=options, dynamic=True)
         devices = set()
         for tokens in (9, 16, 31):
@@ -72,7 +71,7 @@ def main() -> None:
         for plan in (None, *plans(spec, GPUS["sm_90"], blocks[0].active)):
             x = make_inputs(spec, 4, blocks[0].active)
             emit(spec, plan).run(*tensors(x))
-    kernel, declined = choose(replace(spec, device="cuda"))
+    kernel, declined = choose(spec, schemes=blocks[0].schemes)
     found = {
         "devices": sorted(devices),
         "graphs": len(records),

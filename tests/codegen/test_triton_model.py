@@ -13,16 +13,19 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_a_model_on_cuda_runs_triton_kernels_in_one_graph(kind: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.codegen.fake_cuda_model", kind, str(tmp_path)]
+@pytest.mark.parametrize(("kind", "quantize"), [("gpt_oss", []), ("qwen3_moe", ["int4"])])
+def test_a_model_on_cuda_runs_triton_kernels_in_one_graph(
+    kind: str, quantize: list[str], tmp_path: Path
+) -> None:
+    module = "tests.codegen.fake_cuda_model"
+    command = [sys.executable, "-m", module, kind, str(tmp_path), *quantize]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == ["cuda:0"]
     assert (found["graphs"], found["blocks"]) == (1, 2), "a graph for every token count"
     assert found["kernels"] == [found["expected"]]
-    assert found["expected"].startswith("triton: ")
+    assert found["expected"].startswith("triton int4-g32: " if quantize else "triton: ")
     assert found["misses"] == []
     assert found["launches"] == [
         *("decode_down", "decode_gate_up", "grouped_down", "grouped_gate_up"),
