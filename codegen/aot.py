@@ -1,11 +1,10 @@
 """Compile Triton kernels for a GPU that is not there, and read what they use.
 
-Triton's wheel brings ptxas and the CUDA binary tools, so neither a driver nor a CUDA toolkit is
-needed. The numbers are those of the machine code that the GPU would run; how fast it would run is
-not among them.
+Triton's wheel brings ptxas, the CUDA binary tools and LLVM for AMD, so neither a driver nor a
+toolkit is needed. The numbers are those of the machine code that the GPU would run; how fast it
+would run is not among them.
 """
 
-import collections
 import re
 import subprocess
 import tempfile
@@ -17,26 +16,14 @@ from typing import Any
 
 import torch
 
+from moecc.codegen import machine_code
+from moecc.codegen.gpus import gpu
+from moecc.codegen.machine_code import ASYNC_COPIES, TENSOR_CORES, of_kind
 from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_launches import Launch, plan_launches
-from moecc.runtime.errors import OptionError
-
-SHARED_LIMIT: Mapping[str, int] = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-}
-"""Bytes of shared memory that one block may use (CUDA programming guide, compute capabilities).
-
-Triton checks this when it loads a kernel, not when it compiles one."""
 
 _TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_TELLING = ("64", "128", "NAN")
 _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)")
-_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +43,44 @@ class Resources:
     """Per block."""
     instructions: Mapping[str, int]
     """How often each opcode stands in the code: `HGMMA`, `LDGSTS`, `LDG.128`."""
+    loop: Mapping[str, int]
+    """The same in the loop that runs most (`MachineCode.hot_loop`)."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that an SM runs at a time, 0 if one does not fit."""
+        return gpu(self.target).blocks_per_sm(self.registers, self.warps, self.shared)
+
+    @property
+    def occupancy(self) -> float:
+        """Part of the warps that an SM could run at a time."""
+        return self.blocks * self.warps / gpu(self.target).warps
 
     @property
     def fits(self) -> bool:
-        """Tell whether a block gets the shared memory it asks for."""
-        return self.shared <= SHARED_LIMIT[self.target]
+        """Tell whether a block gets the shared memory that it asks for."""
+        return self.shared <= gpu(self.target).shared_limit
+
+    @property
+    def products(self) -> str:
+        """Name the tensor core instruction; empty without one."""
+        return next((one for one in TENSOR_CORES if of_kind(self.instructions, (one,))), "")
+
+    @property
+    def async_copies(self) -> int:
+        """Count the instructions that copy to shared memory past the registers."""
+        return of_kind(self.instructions, ASYNC_COPIES)
 
 
 def argument_types(spec: KernelSpec, arguments: list[str]) -> dict[str, str]:
     """Name the Triton type of each run-time argument; hidden states have the weights' dtype."""
     dtype = _TRITON_TYPE[spec.dtype]
+    weights = "*u8" if spec.schemes else f"*{dtype}"
     pointers = {
+        "weight_ptr": weights,
+        "up_ptr": weights,
         "ids_ptr": "*i64",
+        "slots_ptr": "*i64",
         "weights_ptr": "*fp32",
         **dict.fromkeys(
             ("order_ptr", "tiles_ptr", "counts_ptr", "before_ptr", "totals_ptr"), "*i32"
@@ -82,15 +95,19 @@ def argument_types(spec: KernelSpec, arguments: list[str]) -> dict[str, str]:
 def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
     """Compile one kernel of a spec for a target such as `sm_90`.
 
-    Raises `OptionError` for a target that is not in `SHARED_LIMIT`.
+    Raises `OptionError` for a target that is not in `GPUS`.
     """
-    if target not in SHARED_LIMIT:
-        raise OptionError(f"target {target!r} is not one of {', '.join(SHARED_LIMIT)}")
+    device = gpu(target)
     compiler: Any = import_module("triton.compiler")
     backends: Any = import_module("triton.backends.compiler")
     names: list[str] = launch.kernel.arg_names
     constants: dict[str, Any] = dict(launch.constants)
-    absent = {"bias_ptr": not spec.bias, "up_ptr": not spec.split}
+    absent = {
+        "bias_ptr": not spec.bias,
+        "up_ptr": not spec.split,
+        "learned_ptr": not spec.learned,
+        "slots_ptr": True,
+    }
     constants |= {name: None for name in names if absent.get(name)}
     types = argument_types(spec, names)
     source = compiler.ASTSource(
@@ -104,12 +121,19 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
             if name.endswith("_ptr") and name not in constants
         },
     )
+    backend, arch = ("hip", target) if device.is_amd else ("cuda", int(target[3:]))
     binary = compiler.compile(
         source,
-        target=backends.GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
+        target=backends.GPUTarget(backend, arch, device.warp_size),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-    registers, spilled = _usage(binary.asm["cubin"])
+    if device.is_amd:
+        text = binary.asm["amdgcn"]
+        registers, spilled = (_amd_usage(text, key) for key in ("vgpr_count", "vgpr_spill_count"))
+    else:
+        text = _tool("nvdisasm", binary.asm["cubin"], "-c")
+        registers, spilled = _usage(binary.asm["cubin"])
+    code = machine_code.parse(text)
     return Resources(
         kernel=str(launch),
         target=target,
@@ -117,7 +141,8 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
         spilled=spilled,
         shared=binary.metadata.shared,
         warps=binary.metadata.num_warps,
-        instructions=_instructions(binary.asm["cubin"]),
+        instructions=code.counts(),
+        loop=code.hot_loop(),
     )
 
 
@@ -144,10 +169,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def _instructions(cubin: bytes) -> dict[str, int]:
-    """Count opcodes, and again with the modifiers that change what they mean: `LDG.128`."""
-    counts: collections.Counter[str] = collections.Counter()
-    for name, modifiers in _OPCODE.findall(_tool("nvdisasm", cubin, "-c")):
-        counts[name] += 1
-        counts.update(f"{name}.{part}" for part in modifiers.split(".") if part in _TELLING)
-    return dict(counts)
+def _amd_usage(text: str, key: str) -> int:
+    found = re.search(rf"\.{key}:\s+(\d+)", text)
+    assert found, f"the assembly does not say its {key}"
+    return int(found[1])

@@ -27,14 +27,16 @@ def packed_kernel(spec: KernelSpec, schemes: Schemes, emitter: str) -> Kernel:
     """
     layout = {"interleaved": False, "transposed": False, "down_transposed": False}
     packed = replace(spec, schemes=schemes, split=spec.gated, **layout)
-    if emitter == "triton":
-        raise UnsupportedSpec("triton kernels read no low-bit weights yet")
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedSpec(f"{spec.dtype} weights are not quantized")
     if emitter == "native":
         from moecc.codegen.native.emit import emit as emit_native
 
         return emit_native(packed)
+    if emitter == "triton":
+        from moecc.codegen.triton_emitter import emit as emit_triton
+
+        return emit_triton(packed)
     return reference.emit(packed)
 
 

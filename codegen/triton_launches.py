@@ -15,13 +15,15 @@ from typing import Any
 
 from moecc.codegen.activation import Expr, render
 from moecc.codegen.spec import KernelSpec
+from moecc.codegen.triton_costs import MAX_ROUTE, ROUTE_CHUNK
+from moecc.codegen.triton_packed import describe
 from moecc.codegen.triton_tiles import Tile, block_ms, decode_tile, grouped_tile, power_of_two
 from moecc.runtime.errors import UnsupportedSpec
 
-ROUTE_CHUNK = 256
-"""Assignments ranked at a time; each is compared with all, 256 comparisons a thread."""
 SCAN_BLOCK = 1024
 REDUCE_BLOCK = 1024
+CHOICES = 32
+"""Experts of a token that kernels which add them up take at least; more compile anew."""
 
 ACTIVATION_TABLE: Mapping[str, str] = {
     "abs": "tl.abs({0})",
@@ -32,6 +34,7 @@ ACTIVATION_TABLE: Mapping[str, str] = {
     "gate": "gate",
     "gelu": "elementwise.gelu({0})",
     "gelu_tanh": "elementwise.gelu_tanh({0})",
+    "learned": "learned",
     "max": "elementwise.maximum({0}, {1})",
     "min": "elementwise.minimum({0}, {1})",
     "mul": "({0} * {1})",
@@ -54,16 +57,16 @@ from moecc.codegen.kernels import elementwise
 
 
 @triton.jit
-def activation({leaves}):
+def activation({first}, up, learned):
     return {body}
 '''
 
 
 def write_activation(expression: Expr, *, gated: bool) -> str:
-    """Write the module that defines `activation(gate, up)`, or `activation(x)` if not gated."""
+    """Write the module that defines `activation(gate, up, learned)`; `x` is first if not gated."""
     return ACTIVATION_SOURCE.format(
         expression=expression,
-        leaves="gate, up" if gated else "x",
+        first="gate" if gated else "x",
         body=render(expression, ACTIVATION_TABLE),
     )
 
@@ -100,10 +103,10 @@ class Launch:
         ]
         return f"{self.kernel.__name__} {'x'.join(blocks)}".strip()
 
-    def __call__(self, grid: tuple[int, ...], *arguments: object) -> None:
-        """Run on the current device and stream."""
+    def __call__(self, grid: tuple[int, ...], *arguments: object, **constants: int) -> None:
+        """Run on the current device and stream; `constants` stand in for those of the plan."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        self.kernel[grid](*arguments, **self.constants, **options)
+        self.kernel[grid](*arguments, **{**self.constants, **constants}, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +134,20 @@ class Launches:
     grouped: Mapping[int, GroupedLaunches]
     """By tile height."""
 
+    def of(self, block_m: int | None, assignments: int) -> list[Launch]:
+        """List what runs, in its order, with tiles of this height, or None for decode."""
+        if block_m is None:
+            return [self.decode_gate_up, self.decode_down]
+        grouped = self.grouped[block_m]
+        chunked = [self.count_experts, self.scan_chunks, grouped.place_chunks]
+        routing = [grouped.route] if assignments <= MAX_ROUTE else chunked
+        return [*routing, grouped.gate_up, grouped.down, self.reduce_terms]
+
+    def helpers(self) -> list[Any]:
+        """List a function of each module that the kernels call."""
+        packed = [_import_kernel("load_packed", "low_bit")] if self.spec.schemes else []
+        return [_import_kernel("locate", "choices"), *packed]
+
     def every(self) -> list[Launch]:
         """List the kernels, those that differ only in tile height one after the other."""
         parts = ("route", "place_chunks", "gate_up", "down")
@@ -152,10 +169,12 @@ def _import_kernel(name: str, module: str | None = None) -> Any:
 def plan_launches(spec: KernelSpec) -> Launches:
     """Bake every kernel that the spec may run; compiles nothing.
 
-    Raises `UnsupportedSpec` where triton cannot be imported.
+    Raises `UnsupportedSpec` where triton cannot be imported, and for schemes that kernels lack.
     """
     reduce_terms = _import_kernel("reduce_terms")
     source = write_activation(spec.activation, gated=spec.gated)
+    hidden, inner, products = spec.hidden, spec.intermediate, 2 if spec.gated else 1
+    schemes = spec.schemes
     baked: dict[str, Any] = {
         "HIDDEN": spec.hidden,
         "INTERMEDIATE": spec.intermediate,
@@ -165,6 +184,9 @@ def plan_launches(spec: KernelSpec) -> Launches:
         "SPLIT": spec.split,
         "TRANSPOSED": spec.transposed,
         "DOWN_TRANSPOSED": spec.down_transposed,
+        "PACKED": describe(schemes.first, inner, hidden) if schemes else None,
+        "DOWN_PACKED": describe(schemes.second, hidden, inner) if schemes else None,
+        "CHOICES": CHOICES,
         "ACTIVATION": load_activation(source),
         "BLOCK_E": max(power_of_two(spec.experts), 32),
     }
@@ -185,12 +207,13 @@ def plan_launches(spec: KernelSpec) -> Launches:
     def bake_routing(name: str, module: str, num_warps: int, **blocks: int) -> Launch:
         return bake(_import_kernel(name, module), num_warps, BLOCK=ROUTE_CHUNK, **blocks)
 
-    hidden, inner, products = spec.hidden, spec.intermediate, 2 if spec.gated else 1
+    first = decode_tile(inner, hidden, spec.transposed, schemes and schemes.first)
+    second = decode_tile(hidden, inner, spec.down_transposed, schemes and schemes.second)
     return Launches(
         spec=spec,
         activation=source,
-        decode_gate_up=bake_tile("decode_gate_up", decode_tile(inner, hidden, spec.transposed)),
-        decode_down=bake_tile("decode_down", decode_tile(hidden, inner, spec.down_transposed)),
+        decode_gate_up=bake_tile("decode_gate_up", first),
+        decode_down=bake_tile("decode_down", second),
         count_experts=bake_routing("count_experts", "routing_chunked", 4),
         scan_chunks=bake(_import_kernel("scan_chunks", "routing_chunked"), BLOCK=SCAN_BLOCK),
         reduce_terms=bake(reduce_terms, BLOCK=min(REDUCE_BLOCK, power_of_two(hidden))),

@@ -114,6 +114,35 @@ def why(
 
 
 @app.command(
+    epilog="Examples: [b]moecc kernels qwen3_moe --target sm_90 --tokens 1,64,4096[/b] · "
+    "[b]moecc kernels CHECKPOINT --quantize int4 --source[/b]"
+)
+def kernels(
+    model: Model,
+    target: Annotated[str, typer.Option(help="A GPU such as sm_80, sm_90 or gfx942.")] = "sm_90",
+    tokens: Annotated[str, typer.Option(help="Token counts to plan for.")] = "1,64,4096",
+    quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
+    source: Annotated[bool, typer.Option("--source", help="Print the kernels as well.")] = False,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say which Triton kernels the blocks of MODEL run on a GPU, at what cost, and what they use.
+
+    Needs no GPU. Exit status 1 if a kernel spills registers or does not fit.
+    """
+    from moecc import kernel_plans
+
+    counts = kernel_plans.parse_tokens(tokens)
+    found = kernel_plans.explain(model, target, counts, quantize, dtype)
+    if as_json:
+        typer.echo(json.dumps([one.to_dict() for one in found], indent=2))
+    else:
+        kernel_plans.print_plans(found, Console(), source)
+    if kernel_plans.has_problem(found):
+        raise typer.Exit(1)
+
+
+@app.command(
     epilog='Examples: [b]moecc run benchmarks/reference -p "In the beginning"[/b] · '
     "[b]moecc run MODEL --prompt-file prompt.txt -n 200 --rounds 5[/b] · "
     '[b]moecc run MODEL -p "..." --expert-memory 25% --quantize int4[/b]'

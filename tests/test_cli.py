@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moecc import cli
+from moecc.runtime.errors import OptionError
 
 FACTORY = """
 import torch
@@ -102,3 +103,32 @@ def test_wrong_use_is_status_2_and_says_what_to_do(
 
 def test_run_needs_a_prompt() -> None:
     assert run("run", "qwen3_moe")[0] == 2
+
+
+def test_kernels_are_planned_and_compiled_for_a_gpu_that_is_not_here(factory: str) -> None:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    code, output = run("kernels", f"{factory}:moe", "--tokens", "1,1000000", "--json")
+    assert code == 0
+    (found,) = json.loads(output)
+    first, last = found["chosen"]
+    assert (first["plan"], first["kernels"][0][:14]) == ("decode", "decode_gate_up")
+    assert last["plan"].startswith("grouped")
+    assert "T" in found["costs"]["decode"]
+    assert {row["kernel"] for row in found["resources"]} == {*first["kernels"], *last["kernels"]}
+    assert all(row["spilled"] == 0 < row["registers"] for row in found["resources"])
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (("--target", "sm_10"), "sm_10"),
+        (("--tokens", "1,x"), "1,x"),
+        (("--quantize", "int5"), "int5"),
+    ],
+    ids=lambda one: one[0][0] if isinstance(one, tuple) else one,
+)
+def test_kernels_refuses_what_it_does_not_know(
+    factory: str, option: tuple[str, str], reason: str
+) -> None:
+    with pytest.raises(OptionError, match=reason):
+        run("kernels", f"{factory}:moe", *option)

@@ -7,54 +7,66 @@ over k needs no second kernel, no atomics and has one order.
 import triton
 import triton.language as tl
 
+from moecc.codegen.kernels.choices import load_choices, locate, next_choice
+from moecc.codegen.kernels.low_bit import dot_packed
+
 
 @triton.jit(do_not_specialize=["active"])
 def decode_down(
     inner_ptr,  # [T*K, I], unwritten where the expert does not exist
     ids_ptr,  # [T*K]
     weights_ptr,  # [T*K] routing weights
-    weight_ptr,  # [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
+    weight_ptr,  # [E, H, I], or [E, I, H] if DOWN_TRANSPOSED; [E, bytes] if PACKED
     bias_ptr,  # [E, H] or None
+    slots_ptr,  # [E] or None; with slots, terms are added onto what out holds
     out_ptr,  # [T, H], written
     active,  # K
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     EXPERTS: tl.constexpr,
     DOWN_TRANSPOSED: tl.constexpr,
+    DOWN_PACKED: tl.constexpr,  # see low_bit, or None
+    CHOICES: tl.constexpr,  # power of two >= K
     BLOCK_N: tl.constexpr,  # columns of out
     BLOCK_K: tl.constexpr,
 ):
     """Compute BLOCK_N columns of out for one token."""
     STRIDE_N: tl.constexpr = 1 if DOWN_TRANSPOSED else INTERMEDIATE
     STRIDE_K: tl.constexpr = HIDDEN if DOWN_TRANSPOSED else 1
+    MATRIX: tl.constexpr = HIDDEN * INTERMEDIATE if DOWN_PACKED is None else DOWN_PACKED.bytes
+    LANES: tl.constexpr = BLOCK_K if DOWN_PACKED is None else BLOCK_K * DOWN_PACKED.bits // 32
 
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     in_n = n < HIDDEN
-    w_offsets = n.to(tl.int64)[:, None] * STRIDE_N + k.to(tl.int64)[None, :] * STRIDE_K
+    offsets = n.to(tl.int64)[:, None] * STRIDE_N + k.to(tl.int64)[None, :] * STRIDE_K
 
+    out_ptrs = out_ptr + token * HIDDEN + n
     out = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for j in range(active):
-        assignment = token * active + j
-        expert = tl.load(ids_ptr + assignment).to(tl.int64)
-        # An expert that does not exist is masked rather than branched around, weights and all:
-        # 0 * NaN would not be nothing.
-        valid = (expert >= 0) & (expert < EXPERTS)
-        weight = tl.load(weights_ptr + assignment, mask=valid, other=0.0).to(tl.float32)
+    if slots_ptr is not None:
+        out += tl.load(out_ptrs, mask=in_n, other=0.0)
+    keys, count = load_choices(ids_ptr, slots_ptr, token, active, EXPERTS, CHOICES)
+    key = -1
+    for _ in range(count):
+        key = next_choice(keys, key)
+        expert = key // CHOICES
+        assignment = token * active + key % CHOICES
+        slot, _ = locate(slots_ptr, expert, True)
         x_ptrs = inner_ptr + assignment * INTERMEDIATE + k
-        w_ptrs = weight_ptr + expert * (HIDDEN * INTERMEDIATE) + w_offsets
-        product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        w_ptr = weight_ptr + slot.to(tl.int64) * MATRIX
+        product = tl.zeros((BLOCK_N, LANES), dtype=tl.float32)
         for start in range(0, INTERMEDIATE, BLOCK_K):
-            in_k = valid & (k < INTERMEDIATE - start)
-            x = tl.load(x_ptrs, mask=in_k, other=0.0).to(tl.float32)
-            w = tl.load(w_ptrs, mask=in_n[:, None] & in_k[None, :], other=0.0).to(tl.float32)
-            product += w * x[None, :]
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K * STRIDE_K
+            in_k = k < INTERMEDIATE - start
+            x = tl.load(x_ptrs + start, mask=in_k, other=0.0).to(tl.float32)
+            if DOWN_PACKED is None:
+                mask = in_n[:, None] & in_k[None, :]
+                w = tl.load(w_ptr + offsets + start * STRIDE_K, mask=mask, other=0.0)
+                product += w.to(tl.float32) * x[None, :]
+            else:
+                product += dot_packed(w_ptr, x, n, start, DOWN_PACKED, BLOCK_K)
         term = tl.sum(product, axis=1)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + expert * HIDDEN + n, mask=valid & in_n, other=0.0)
-            term += bias.to(tl.float32)
-        out += weight * term
-    tl.store(out_ptr + token * HIDDEN + n, out.to(out_ptr.dtype.element_ty), mask=in_n)
+            term += tl.load(bias_ptr + expert * HIDDEN + n, mask=in_n, other=0.0).to(tl.float32)
+        out += tl.load(weights_ptr + assignment).to(tl.float32) * term
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_n)

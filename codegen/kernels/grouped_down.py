@@ -7,12 +7,16 @@ it at its assignment, so that `reduce_terms` adds the K terms of a token in a fi
 import triton
 import triton.language as tl
 
+from moecc.codegen.kernels.choices import locate
+from moecc.codegen.kernels.low_bit import load_packed
+
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def grouped_down(
     inner_ptr,  # [T*K, I] in the order of `order`
-    weight_ptr,  # [E, H, I], or [E, I, H] if DOWN_TRANSPOSED
+    weight_ptr,  # [E, H, I], or [E, I, H] if DOWN_TRANSPOSED; [E, bytes] if PACKED
     bias_ptr,  # [E, H] or None
+    slots_ptr,  # [E] or None
     weights_ptr,  # [T*K] routing weights
     order_ptr,  # [T*K], see routing
     tiles_ptr,  # [num_tiles, 3]
@@ -21,6 +25,7 @@ def grouped_down(
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     DOWN_TRANSPOSED: tl.constexpr,
+    DOWN_PACKED: tl.constexpr,  # see low_bit, or None
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of terms
     BLOCK_K: tl.constexpr,
@@ -29,6 +34,7 @@ def grouped_down(
     NUM_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     STRIDE_N: tl.constexpr = 1 if DOWN_TRANSPOSED else INTERMEDIATE
     STRIDE_K: tl.constexpr = HIDDEN if DOWN_TRANSPOSED else 1
+    MATRIX: tl.constexpr = HIDDEN * INTERMEDIATE if DOWN_PACKED is None else DOWN_PACKED.bytes
 
     program = tl.program_id(0)
     tile, column = tl.swizzle2d(program // NUM_N, program % NUM_N, num_tiles, NUM_N, 8)
@@ -42,8 +48,9 @@ def grouped_down(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
-    w_ptrs = weight_ptr + expert * (HIDDEN * INTERMEDIATE)
-    w_ptrs += n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
+    slot, _ = locate(slots_ptr, expert, True)
+    weight_ptr += slot * MATRIX
+    w_ptrs = weight_ptr + n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
     in_rows, in_n = position < end, n < HIDDEN
 
     out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -53,7 +60,10 @@ def grouped_down(
             x_mask &= (k < INTERMEDIATE - start)[None, :]
             w_mask &= (k < INTERMEDIATE - start)[:, None]
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-        w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        if DOWN_PACKED is None:
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        else:
+            w = load_packed(weight_ptr, n, start, DOWN_PACKED, BLOCK_K).to(x.dtype)
         out = tl.dot(x, w, out, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * STRIDE_K

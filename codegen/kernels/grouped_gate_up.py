@@ -8,13 +8,19 @@ result in sorted order, which makes the second product's rows contiguous.
 import triton
 import triton.language as tl
 
+from moecc.codegen.kernels.choices import locate
+from moecc.codegen.kernels.low_bit import load_packed
+
 
 @triton.jit(do_not_specialize=["active", "num_tiles"])
 def grouped_gate_up(
     hidden_ptr,  # [T, H]
-    weight_ptr,  # [E, R, H], or [E, H, R] if TRANSPOSED; R = 2I if GATED and not SPLIT, else I
-    up_ptr,  # [E, I, H], or [E, H, I] if TRANSPOSED; None unless SPLIT
+    weight_ptr,  # [E, R, H], or [E, H, R] if TRANSPOSED; R = 2I if GATED and not SPLIT, else I;
+    # [E, bytes] if PACKED
+    up_ptr,  # [E, I, H], or [E, H, I] if TRANSPOSED; None unless SPLIT; [E, bytes] if PACKED
     bias_ptr,  # [E, 2I if GATED else I] or None
+    learned_ptr,  # [E, I] or None
+    slots_ptr,  # [E] or None
     order_ptr,  # [T*K], see routing
     tiles_ptr,  # [num_tiles, 3]
     inner_ptr,  # [T*K, I] in the order of `order`, written
@@ -26,7 +32,8 @@ def grouped_gate_up(
     INTERLEAVED: tl.constexpr,
     SPLIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr,  # (gate, up) -> value, or (x) -> value if not GATED
+    PACKED: tl.constexpr,  # see low_bit, or None
+    ACTIVATION: tl.constexpr,  # (gate or x, up, learned) -> value
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of inner
     BLOCK_K: tl.constexpr,
@@ -41,6 +48,7 @@ def grouped_gate_up(
     # halves are two products.
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     WIDTH: tl.constexpr = 2 if GATED and INTERLEAVED else 1
+    MATRIX: tl.constexpr = ROWS * HIDDEN if PACKED is None else PACKED.bytes
 
     # Eight row tiles by all columns at a time: neighbours find their weights in L2.
     program = tl.program_id(0)
@@ -57,9 +65,10 @@ def grouped_gate_up(
     k = tl.arange(0, BLOCK_K)
     x_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     offsets = n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
-    weight_ptr += expert * (ROWS * HIDDEN)
+    slot, _ = locate(slots_ptr, expert, True)
+    weight_ptr += slot * MATRIX
     if SPLIT:
-        up_ptr += expert * (ROWS * HIDDEN)
+        up_ptr += slot * MATRIX
     else:
         up_ptr = weight_ptr + INTERMEDIATE * STRIDE_N
     in_rows, in_n = position < end, n < INTERMEDIATE * WIDTH
@@ -71,15 +80,22 @@ def grouped_gate_up(
         if HIDDEN % BLOCK_K != 0:
             x_mask &= (k < HIDDEN - start)[None, :]
             w_mask &= (k < HIDDEN - start)[:, None]
-        w = tl.load(weight_ptr + offsets, mask=w_mask, other=0.0)
-        x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(w.dtype)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0).to(inner_ptr.dtype.element_ty)
+        if PACKED is None:
+            w = tl.load(weight_ptr + offsets, mask=w_mask, other=0.0)
+        else:
+            w = load_packed(weight_ptr, n, start, PACKED, BLOCK_K).to(x.dtype)
         gate = tl.dot(x, w, gate, input_precision="ieee")
         if HALVES:
-            w = tl.load(up_ptr + offsets, mask=w_mask, other=0.0)
+            if PACKED is None:
+                w = tl.load(up_ptr + offsets, mask=w_mask, other=0.0)
+            else:
+                w = load_packed(up_ptr, n, start, PACKED, BLOCK_K).to(x.dtype)
             up = tl.dot(x, w, up, input_precision="ieee")
         x_ptrs += BLOCK_K
-        weight_ptr += BLOCK_K * STRIDE_K
-        up_ptr += BLOCK_K * STRIDE_K
+        if PACKED is None:
+            weight_ptr += BLOCK_K * STRIDE_K
+            up_ptr += BLOCK_K * STRIDE_K
 
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * OUTPUTS + n
@@ -87,15 +103,14 @@ def grouped_gate_up(
         if HALVES:
             bias = tl.load(bias_ptrs + INTERMEDIATE, mask=in_n, other=0.0)
             up += bias.to(tl.float32)[None, :]
-    if HALVES:
-        inner = ACTIVATION(gate, up)
-    elif GATED:
+    if GATED and INTERLEAVED:
         gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
-        inner = ACTIVATION(gate, up)
-    else:
-        inner = ACTIVATION(gate)
-
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    learned = 1.0
+    if learned_ptr is not None:
+        learned = tl.load(learned_ptr + expert * INTERMEDIATE + n, mask=n < INTERMEDIATE, other=0.0)
+        learned = learned.to(tl.float32)[None, :]
+    inner = ACTIVATION(gate, up, learned)
     out = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
     mask = in_rows[:, None] & (n < INTERMEDIATE)[None, :]
     tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=mask)

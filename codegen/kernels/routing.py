@@ -13,18 +13,22 @@ assignments: one launch instead of three, and the experts' counts never leave th
 import triton
 import triton.language as tl
 
+from moecc.codegen.kernels.choices import locate
+
 
 @triton.jit
-def load_experts(ids_ptr, index, assignments, EXPERTS: tl.constexpr):
-    """Load the experts of some assignments, and which of them exist; the others become 0."""
+def load_experts(ids_ptr, slots_ptr, index, assignments, EXPERTS: tl.constexpr):
+    """Load the experts of some assignments, and which of them are there; others may become 0."""
     ids = tl.load(ids_ptr + index, mask=index < assignments, other=-1)
     valid = (ids >= 0) & (ids < EXPERTS)
-    return tl.where(valid, ids, 0).to(tl.int32), valid
+    expert = tl.where(valid, ids, 0).to(tl.int32)
+    _, valid = locate(slots_ptr, expert, valid)
+    return expert, valid
 
 
 @triton.jit
 def rank_among_equals(
-    ids_ptr, start, expert, assignments, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    ids_ptr, slots_ptr, start, expert, assignments, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Count for each of BLOCK assignments from `start` the earlier ones with the same expert."""
     STEP: tl.constexpr = 32  # comparing all with all at once would not fit the registers
@@ -32,7 +36,9 @@ def rank_among_equals(
     hits = tl.zeros((BLOCK, STEP), dtype=tl.int32)
     for step in range(0, BLOCK, STEP):
         other = step + tl.arange(0, STEP)
-        other_expert, other_valid = load_experts(ids_ptr, start + other, assignments, EXPERTS)
+        other_expert, other_valid = load_experts(
+            ids_ptr, slots_ptr, start + other, assignments, EXPERTS
+        )
         same = (expert[:, None] == other_expert[None, :]) & other_valid[None, :]
         hits += (same & (other[None, :] < lane[:, None])).to(tl.int32)
     return tl.sum(hits, axis=1)
@@ -58,6 +64,7 @@ def store_tiles(tiles_ptr, num_tiles, counts, BLOCK_E: tl.constexpr, BLOCK_M: tl
 @triton.jit(do_not_specialize=["assignments", "num_tiles"])
 def route(
     ids_ptr,  # [T*K] any integer type
+    slots_ptr,  # [E] or None: where experts lie; negative are not there
     order_ptr,  # [T*K] int32, written
     tiles_ptr,  # [num_tiles, 3] int32, written
     assignments,  # T*K
@@ -71,13 +78,13 @@ def route(
     lane = tl.arange(0, BLOCK)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for start in range(0, assignments, BLOCK):
-        expert, valid = load_experts(ids_ptr, start + lane, assignments, EXPERTS)
+        expert, valid = load_experts(ids_ptr, slots_ptr, start + lane, assignments, EXPERTS)
         counts += tl.histogram(expert, BLOCK_E, mask=valid)
     store_tiles(tiles_ptr, num_tiles, counts, BLOCK_E, BLOCK_M)
 
     cursor = tl.cumsum(counts, axis=0) - counts
     for start in range(0, assignments, BLOCK):
-        expert, valid = load_experts(ids_ptr, start + lane, assignments, EXPERTS)
-        rank = rank_among_equals(ids_ptr, start, expert, assignments, EXPERTS, BLOCK)
+        expert, valid = load_experts(ids_ptr, slots_ptr, start + lane, assignments, EXPERTS)
+        rank = rank_among_equals(ids_ptr, slots_ptr, start, expert, assignments, EXPERTS, BLOCK)
         tl.store(order_ptr + tl.gather(cursor, expert, axis=0) + rank, start + lane, mask=valid)
         cursor += tl.histogram(expert, BLOCK_E, mask=valid)

@@ -16,6 +16,7 @@ from moecc.codegen.kernels.routing import load_experts, rank_among_equals, store
 @triton.jit(do_not_specialize=["assignments"])
 def count_experts(
     ids_ptr,  # [T*K] any integer type
+    slots_ptr,  # [E] or None, as in route
     counts_ptr,  # [E, chunks] int32, written
     assignments,  # T*K
     EXPERTS: tl.constexpr,
@@ -25,7 +26,7 @@ def count_experts(
     """Count the assignments of one chunk to each expert."""
     chunk = tl.program_id(0)
     index = chunk * BLOCK + tl.arange(0, BLOCK)
-    expert, valid = load_experts(ids_ptr, index, assignments, EXPERTS)
+    expert, valid = load_experts(ids_ptr, slots_ptr, index, assignments, EXPERTS)
     counts = tl.histogram(expert, BLOCK_E, mask=valid)
     experts = tl.arange(0, BLOCK_E)
     at = counts_ptr + experts.to(tl.int64) * tl.num_programs(0) + chunk
@@ -54,6 +55,7 @@ def scan_chunks(
 @triton.jit(do_not_specialize=["assignments", "num_tiles"])
 def place_chunks(
     ids_ptr,  # [T*K] any integer type
+    slots_ptr,  # [E] or None, as in route
     before_ptr,  # [E, chunks] int32, from scan_chunks
     totals_ptr,  # [E] int32
     order_ptr,  # [T*K] int32, written
@@ -75,8 +77,8 @@ def place_chunks(
         return
 
     index = chunk * BLOCK + tl.arange(0, BLOCK)
-    expert, valid = load_experts(ids_ptr, index, assignments, EXPERTS)
+    expert, valid = load_experts(ids_ptr, slots_ptr, index, assignments, EXPERTS)
     first = tl.gather(tl.cumsum(totals, axis=0) - totals, expert, axis=0)
     before = tl.load(before_ptr + expert.to(tl.int64) * chunks + chunk, mask=valid, other=0)
-    rank = rank_among_equals(ids_ptr, chunk * BLOCK, expert, assignments, EXPERTS, BLOCK)
+    rank = rank_among_equals(ids_ptr, slots_ptr, chunk * BLOCK, expert, assignments, EXPERTS, BLOCK)
     tl.store(order_ptr + first + before + rank, index, mask=valid)

@@ -39,7 +39,8 @@ def quantize(
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
     """Give the float32 matrix [N, K] that codes stand for."""
-    values = VALUES[quantized.codes.long()].reshape(len(quantized.codes), -1, scheme.block)
+    codes = quantized.codes
+    values = VALUES.to(codes.device)[codes.long()].reshape(len(codes), -1, scheme.block)
     return (values * torch.exp2(quantized.scales.float() - 127).unsqueeze(-1)).flatten(1)
 
 

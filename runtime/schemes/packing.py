@@ -98,7 +98,14 @@ def _in_blocks(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 def panel_bytes(columns: int, scheme: Scheme) -> int:
     """Size of 16 rows of so many columns."""
-    return _scale_bytes(columns, scheme) + ROWS * _filled(columns, scheme.block) * scheme.bits // 8
+    return scale_bytes(columns, scheme) + ROWS * _filled(columns, scheme.block) * scheme.bits // 8
+
+
+def scale_bytes(columns: int, scheme: Scheme) -> int:
+    """Size of the scales of 16 rows, filled up to a line: where the panel's codes begin."""
+    groups = _filled(columns, scheme.block) // scheme.block if scheme.group else 1
+    size = _sharing(scheme) * scheme.scale.itemsize * groups * (2 if scheme.zeros else 1)
+    return _filled(size, LINE)
 
 
 def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
@@ -114,7 +121,8 @@ def pack_experts(
     `importance` [K] is that of `quantize`, for all of them.
     """
     experts, rows, columns = weight.shape
-    packed = torch.empty(experts, packed_bytes(rows, columns, scheme), dtype=torch.uint8)
+    size = packed_bytes(rows, columns, scheme)
+    packed = weight.new_empty(experts, size, dtype=torch.uint8)
     for expert in range(experts):
         packed[expert] = pack(quantize(weight[expert], scheme, importance), scheme)
     return packed
@@ -136,15 +144,15 @@ def pack(quantized: Quantized, scheme: Scheme) -> torch.Tensor:
         scales = scales.contiguous().view(torch.uint8)
     else:
         scales = _scales_in_panels(quantized.scales, quantized.zeros)
-    fill = _scale_bytes(quantized.codes.shape[1], scheme) - scales.shape[1]
+    fill = scale_bytes(quantized.codes.shape[1], scheme) - scales.shape[1]
     return torch.cat([F.pad(scales, (0, fill)), lines.flatten(1)], dim=1).flatten()
 
 
 def unpack(packed: torch.Tensor, rows: int, columns: int, scheme: Scheme) -> Quantized:
     """Undo `pack` for a matrix of so many rows and columns; filled-up columns stay."""
     panels = packed.view(-1, panel_bytes(columns, scheme))
-    scale_bytes, filled = _scale_bytes(columns, scheme), _filled(columns, scheme.block)
-    codes = _codes(panels[:, scale_bytes:], scheme.bits).reshape(-1, filled)[:rows]
+    start, filled = scale_bytes(columns, scheme), _filled(columns, scheme.block)
+    codes = _codes(panels[:, start:], scheme.bits).reshape(-1, filled)[:rows]
     groups = filled // scheme.block if scheme.group else 1
     kinds = 2 if scheme.zeros else 1
     used = groups * kinds * _sharing(scheme) * scheme.scale.itemsize
@@ -162,12 +170,6 @@ def unpack(packed: torch.Tensor, rows: int, columns: int, scheme: Scheme) -> Qua
 
 def _filled(columns: int, block: int) -> int:
     return -(-columns // block) * block
-
-
-def _scale_bytes(columns: int, scheme: Scheme) -> int:
-    groups = _filled(columns, scheme.block) // scheme.block if scheme.group else 1
-    size = _sharing(scheme) * scheme.scale.itemsize * groups * (2 if scheme.zeros else 1)
-    return _filled(size, LINE)
 
 
 def _sharing(scheme: Scheme) -> int:

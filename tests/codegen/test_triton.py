@@ -9,23 +9,26 @@ from unittest import mock
 import pytest
 import torch
 
-from moecc.codegen.activation import GATE, LEARNED, OPERATIONS, UP, X, apply, evaluate
+from moecc.codegen.activation import GATE, OPERATIONS, UP, X, apply, evaluate
 from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_tiles import block_ms
 from moecc.runtime.errors import InputError, UnsupportedSpec
+from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
 triton = pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 import triton.language as tl  # noqa: E402
 
 from moecc.codegen import triton_emitter, triton_launches  # noqa: E402
-from moecc.codegen.triton_emitter import Inputs  # noqa: E402
+from moecc.codegen.triton_inputs import Inputs  # noqa: E402
 from moecc.codegen.triton_launches import plan_launches  # noqa: E402
 from tests.codegen.triton_cases import (  # noqa: E402
     STYLES,
     TOLERANCE,
     assert_close,
+    decode,
     expect,
+    grouped,
     make_inputs,
     make_spec,
     tensors,
@@ -44,8 +47,8 @@ def run_both(spec: KernelSpec, x: Inputs, block_m: int = 16) -> list[torch.Tenso
     launches = plan_launches(spec)
     with interpreted():
         return [
-            triton_emitter.run_decode(launches, x),
-            triton_emitter.run_grouped(launches, x, block_m),
+            decode(launches, x),
+            grouped(launches, x, block_m),
         ]
 
 
@@ -74,7 +77,8 @@ def test_both_algorithms_agree_with_the_definition(style: str, dtype: torch.dtyp
 def test_any_shape(tokens: int, active: int, experts: int, hidden: int, intermediate: int) -> None:
     spec = make_spec(experts=experts, hidden=hidden, intermediate=intermediate)
     x = make_inputs(spec, tokens, active)
-    assert_close(run(spec, x), expect(spec, x), spec.dtype)
+    for out in run_both(spec, x):
+        assert_close(out, expect(spec, x), spec.dtype)
 
 
 @pytest.mark.parametrize("block_m", block_ms(make_spec(dtype=torch.bfloat16)))
@@ -82,7 +86,7 @@ def test_every_tile_height(block_m: int) -> None:
     spec = dataclasses.replace(STYLES["gpt-oss"], dtype=torch.bfloat16, experts=2)
     x = make_inputs(spec, tokens=70, active=2)
     with interpreted():
-        out = triton_emitter.run_grouped(plan_launches(spec), x, block_m)
+        out = grouped(plan_launches(spec), x, block_m)
     assert_close(out, expect(spec, x), spec.dtype)
 
 
@@ -210,12 +214,9 @@ def test_more_experts_than_assignments() -> None:
 
 
 @triton.jit
-def activate(a_ptr, b_ptr, out_ptr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, N: tl.constexpr):
+def activate(a_ptr, b_ptr, out_ptr, ACTIVATION: tl.constexpr, N: tl.constexpr):
     index = tl.arange(0, N)
-    if GATED:
-        out = ACTIVATION(tl.load(a_ptr + index), tl.load(b_ptr + index))
-    else:
-        out = ACTIVATION(tl.load(a_ptr + index))
+    out = ACTIVATION(tl.load(a_ptr + index), tl.load(b_ptr + index), 1.0)
     tl.store(out_ptr + index, out)
 
 
@@ -229,7 +230,7 @@ def test_every_operation_is_what_torch_computes(op: str) -> None:
     source = triton_launches.write_activation(expression, gated=gated)
     out = torch.empty_like(a)
     with interpreted():
-        activate[(1,)](a, b, out, triton_launches.load_activation(source), gated, len(a))
+        activate[(1,)](a, b, out, triton_launches.load_activation(source), len(a))
     leaves = {"gate": a, "up": b} if gated else {"x": a}
     torch.testing.assert_close(
         out, evaluate(expression, **leaves), rtol=2e-6, atol=1e-6, equal_nan=True
@@ -252,7 +253,7 @@ def test_the_source_shows_the_activation_and_the_kernels() -> None:
     [
         ({"device": "cpu"}, "cuda"),
         ({"dtype": torch.float64}, "float64"),
-        ({"activation": apply("mul", GATE, LEARNED)}, "vector of an expert's own"),
+        ({"schemes": Schemes(first=SCHEMES["int3"], second=SCHEMES["int4"])}, "int3"),
     ],
     ids=str,
 )

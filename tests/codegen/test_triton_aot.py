@@ -12,6 +12,8 @@ from moecc.runtime.errors import OptionError
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from moecc.codegen import aot, triton_emitter
+from moecc.codegen.gpus import GPUS
+from moecc.codegen.triton_costs import plans
 from moecc.codegen.triton_launches import plan_launches
 from tests.codegen.triton_cases import (
     INPUT_MAJOR,
@@ -83,11 +85,6 @@ def check_machine_code(spec: KernelSpec, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_machine_code_fits_and_uses_the_tensor_cores(target: str) -> None:
-    check_machine_code(QWEN3, target)
-
-
-@pytest.mark.parametrize("target", TARGETS)
 def test_a_second_pointer_spills_nothing_and_reads_as_widely(target: str) -> None:
     split = dataclasses.replace(QWEN3, split=True)
     for wide in ("LDG.128", "LDGSTS.128"):
@@ -137,10 +134,11 @@ def test_an_unknown_target_is_refused() -> None:
 def test_no_token_count_compiles_anew(split: bool) -> None:
     # 14 experts: 17 tokens make 16 tiles, and triton would like to know that 16 divides 16.
     spec = make_spec(dtype=torch.bfloat16, experts=14, split=split)
-    kernel = triton_emitter.emit(spec)
     with dry_run(90) as launches:
-        for tokens, active in ((1, 1), (1, 4), (5, 1), (9, 3), (16, 4), (17, 1), (33, 1), (40, 2)):
-            kernel.run(*tensors(make_inputs(spec, tokens, active)))
+        for plan in plans(spec, GPUS["sm_90"], 1)[:2]:
+            kernel = triton_emitter.emit(spec, plan)
+            for tokens, active in ((1, 1), (1, 4), (5, 1), (9, 3), (16, 4), (17, 1), (40, 2)):
+                kernel.run(*tensors(make_inputs(spec, tokens, active)))
     assert sorted(launches.compiled) == [
         "decode_down",
         "decode_gate_up",
@@ -153,8 +151,9 @@ def test_no_token_count_compiles_anew(split: bool) -> None:
 
 def test_the_grid_covers_every_tile_that_there_may_be() -> None:
     spec = dataclasses.replace(QWEN3, experts=4)
+    plan = plans(spec, GPUS["sm_80"], 2)[2]
     with dry_run(80) as launches:
-        triton_emitter.emit(spec).run(*tensors(make_inputs(spec, tokens=20, active=2)))
+        triton_emitter.emit(spec, plan).run(*tensors(make_inputs(spec, tokens=20, active=2)))
     tiles = math.ceil(20 * 2 / 32) + 4
     assert dict(launches.launched) == {
         "route": (1, 1, 1),

@@ -11,6 +11,8 @@ from moecc.runtime.errors import InputError
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from moecc.codegen import triton_emitter
+from moecc.codegen.gpus import GPUS
+from moecc.codegen.triton_costs import plans
 from moecc.codegen.triton_launches import plan_launches
 from tests.codegen.triton_cases import (
     GPT_OSS,
@@ -18,7 +20,9 @@ from tests.codegen.triton_cases import (
     RELU2,
     TOLERANCE,
     assert_close,
+    decode,
     expect,
+    grouped,
     make_inputs,
     make_spec,
     tensors,
@@ -56,8 +60,8 @@ def test_both_algorithms_agree_with_the_definition(
     x = make_inputs(spec, tokens=5, active=2)
     launches, expected = plan_launches(spec), expect(spec, x)
     with interpreted():
-        assert_close(triton_emitter.run_decode(launches, x), expected, dtype)
-        assert_close(triton_emitter.run_grouped(launches, x, 16), expected, dtype)
+        assert_close(decode(launches, x), expected, dtype)
+        assert_close(grouped(launches, x, 16), expected, dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -72,7 +76,7 @@ def test_square_matrices_are_read_in_the_layout_that_the_spec_says(layout: str) 
         down=x.down.mT if spec.down_transposed else x.down,
     )
     with interpreted():
-        out = triton_emitter.run_decode(plan_launches(spec), x)
+        out = decode(plan_launches(spec), x)
     assert_close(out, expect(plain, turned), spec.dtype)
 
 
@@ -94,19 +98,20 @@ def test_a_product_is_compiled_as_where_both_lie_like_it(dtype: torch.dtype, kin
         plan = plans[layout]
         assert plan.decode_gate_up == first.decode_gate_up
         assert plan.decode_down == second.decode_down
-        for height, grouped in plan.grouped.items():
-            assert grouped.gate_up == first.grouped[height].gate_up
-            assert grouped.down == second.grouped[height].down
+        for height, by_height in plan.grouped.items():
+            assert by_height.gate_up == first.grouped[height].gate_up
+            assert by_height.down == second.grouped[height].down
 
 
 @pytest.mark.parametrize("layout", MIXED)
 def test_no_token_count_compiles_anew(layout: str) -> None:
     # 14 experts: 17 tokens make 16 tiles, and triton would like to know that 16 divides 16.
     spec = spec_of(layout, "two tensors", dtype=torch.bfloat16, experts=14)
-    kernel = triton_emitter.emit(spec)
     with dry_run(90) as launches:
-        for tokens, active in ((1, 1), (1, 4), (9, 3), (16, 4), (17, 1), (40, 2)):
-            kernel.run(*tensors(make_inputs(spec, tokens, active)))
+        for plan in plans(spec, GPUS["sm_90"], 1)[:2]:
+            kernel = triton_emitter.emit(spec, plan)
+            for tokens, active in ((1, 1), (1, 4), (9, 3), (16, 4), (17, 1), (40, 2)):
+                kernel.run(*tensors(make_inputs(spec, tokens, active)))
     assert len(launches.compiled) == len(set(launches.compiled)) == 6
 
 

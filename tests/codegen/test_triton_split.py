@@ -12,9 +12,16 @@ from moecc.runtime.errors import InputError, UnsupportedSpec
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from moecc.codegen import triton_emitter
-from moecc.codegen.triton_emitter import Inputs
+from moecc.codegen.triton_inputs import Inputs
 from moecc.codegen.triton_launches import plan_launches
-from tests.codegen.triton_cases import TOLERANCE, make_inputs, make_spec, tensors
+from tests.codegen.triton_cases import (
+    TOLERANCE,
+    decode,
+    grouped,
+    make_inputs,
+    make_spec,
+    tensors,
+)
 from tests.codegen.triton_interpreter import interpreted
 
 
@@ -42,12 +49,8 @@ def test_split_is_bit_for_bit_concatenated(dtype: torch.dtype, transposed: bool)
     joined, y = join(spec, x)
     apart, together = plan_launches(spec), plan_launches(joined)
     with interpreted():
-        assert torch.equal(
-            triton_emitter.run_decode(apart, x), triton_emitter.run_decode(together, y)
-        )
-        assert torch.equal(
-            triton_emitter.run_grouped(apart, x, 16), triton_emitter.run_grouped(together, y, 16)
-        )
+        assert torch.equal(decode(apart, x), decode(together, y))
+        assert torch.equal(grouped(apart, x, 16), grouped(together, y, 16))
 
 
 def test_no_token_is_no_launch() -> None:

@@ -5,10 +5,11 @@ import math
 
 import torch
 
-from moecc.codegen import reference
-from moecc.codegen.activation import GATE, UP, Expr, X, apply, constant
+from moecc.codegen import reference, triton_emitter
+from moecc.codegen.activation import GATE, LEARNED, UP, Expr, X, apply, constant
 from moecc.codegen.spec import KernelSpec
-from moecc.codegen.triton_emitter import Inputs
+from moecc.codegen.triton_inputs import Inputs
+from moecc.codegen.triton_launches import Launches
 
 SWIGLU = apply("mul", apply("silu", GATE), UP)
 GEGLU = apply("mul", apply("gelu_tanh", GATE), UP)
@@ -52,6 +53,7 @@ STYLES = {
     "relu2-transposed": make_spec(RELU2, gated=False, bias=True, **INPUT_MAJOR),
     "dbrx": make_spec(split=True, down_transposed=True),
     "first-transposed": make_spec(GEGLU, transposed=True, bias=True),
+    "st-moe": make_spec(apply("mul", apply("mul", apply("gelu", GATE), UP), LEARNED), bias=True),
 }
 
 
@@ -79,11 +81,27 @@ def make_inputs(
         gate_up_bias=randn(spec.experts, spec.rows) if spec.bias else None,
         down_bias=randn(spec.experts, spec.hidden) if spec.bias else None,
         up=randn(spec.experts, *first, scale=2 / math.sqrt(spec.hidden)) if spec.split else None,
+        learned=randn(spec.experts, spec.intermediate) if spec.learned else None,
     )
 
 
 def tensors(x: Inputs) -> list[torch.Tensor | None]:
-    return [getattr(x, field.name) for field in dataclasses.fields(x)]
+    """List what `ExpertsFn` takes."""
+    return [getattr(x, one.name) for one in dataclasses.fields(x) if one.name != "slots"]
+
+
+def decode(launches: Launches, x: Inputs) -> torch.Tensor:
+    """Run the decode kernels whatever T is."""
+    out = torch.full_like(x.hidden, math.nan)
+    triton_emitter.run_decode(launches, x, out)
+    return out
+
+
+def grouped(launches: Launches, x: Inputs, block_m: int = 16) -> torch.Tensor:
+    """Run the grouped kernels whatever T is."""
+    out = torch.full_like(x.hidden, math.nan)
+    triton_emitter.run_grouped(launches, x, out, block_m)
+    return out
 
 
 def expect(spec: KernelSpec, x: Inputs) -> torch.Tensor:

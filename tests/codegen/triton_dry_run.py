@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from moecc.codegen.aot import SHARED_LIMIT
+from moecc.codegen.gpus import gpu
 
 _devices = itertools.count(1000)
 
@@ -58,7 +58,7 @@ class DryRunDriver(DriverBase):
         self.launcher_cls = self.make_launcher
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        limit = SHARED_LIMIT[f"sm_{self.target.arch}"]
+        limit = gpu(f"sm_{self.target.arch}").shared_limit
         return {"max_shared_mem": limit, "multiprocessor_count": 132, "warpSize": 32}
 
     def load_binary(self, name: str, *_: Any) -> tuple[int, ...]:

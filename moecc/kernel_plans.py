@@ -1,0 +1,172 @@
+"""Say which Triton kernels a model's blocks run on a GPU, and what they use: `moecc kernels`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+
+from moecc.codegen import aot, low_bit
+from moecc.codegen.gpus import Gpu, gpu
+from moecc.codegen.machine_code import size
+from moecc.codegen.spec import KernelSpec
+from moecc.codegen.triton_costs import choose_plan, plans
+from moecc.codegen.triton_emitter import emit
+from moecc.codegen.triton_launches import plan_launches
+from moecc.inspection import inspect
+from moecc.passes.fuse_experts import kernel_spec
+from moecc.passes.ir import MoeBlock
+from moecc.runtime.errors import ModelError, OptionError
+from moecc.runtime.schemes.scheme import SCHEMES, Schemes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The plan for a number of tokens."""
+
+    tokens: int
+    plan: str
+    microseconds: float
+    """What it costs by data sheets; costs compare plans and predict no times."""
+    kernels: tuple[str, ...]
+    """In the order of their launches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelPlans:
+    """The plans of blocks that share a kernel."""
+
+    blocks: tuple[str, ...]
+    spec: str
+    active: int
+    target: str
+    board: str
+    costs: dict[str, str]
+    """Of each plan, seconds over the token count T."""
+    chosen: tuple[Chosen, ...]
+    resources: tuple[dict[str, Any], ...]
+    """Of each kernel that is chosen, once."""
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain values."""
+        return asdict(self)
+
+
+def explain(
+    model: str, target: str, tokens: Sequence[int], quantize: str = "", dtype: str = "auto"
+) -> list[KernelPlans]:
+    """Plan the kernels of every block of a model for a GPU that need not be there.
+
+    Raises `ModelError` if no MoE block was found, `OptionError` for an unknown target or scheme.
+    """
+    device = gpu(target)
+    if quantize and quantize not in SCHEMES:
+        raise OptionError(f"quantize={quantize!r} is not one of {', '.join(SCHEMES)}")
+    found: dict[tuple[KernelSpec, int], list[str]] = {}
+    for record in inspect(model, "torch", dtype).records:
+        for block in record.blocks:
+            key = (_spec_on_gpu(block, quantize), block.active)
+            found.setdefault(key, []).append(block.path)
+    if not found:
+        raise ModelError(f"no MoE block was found in {model!r}; moecc why {model} says why")
+    return [_plan(spec, active, device, tokens, paths) for (spec, active), paths in found.items()]
+
+
+def _spec_on_gpu(block: MoeBlock, quantize: str) -> KernelSpec:
+    spec = replace(kernel_spec(block), device="cuda")
+    if not quantize:
+        return spec
+    scheme = SCHEMES[quantize]
+    return low_bit.packed_kernel(spec, Schemes(first=scheme, second=scheme), "torch").spec
+
+
+def _plan(
+    spec: KernelSpec, active: int, device: Gpu, tokens: Sequence[int], paths: list[str]
+) -> KernelPlans:
+    launches = plan_launches(spec)
+    chosen: list[Chosen] = []
+    compiled: dict[str, aot.Resources] = {}
+    for count in tokens:
+        plan = choose_plan(spec, device, count, active)
+        run = launches.of(plan.block_m, count * active)
+        for launch in run:
+            if str(launch) not in compiled:
+                compiled[str(launch)] = aot.compile_kernel(spec, launch, device.name)
+        chosen.append(
+            Chosen(
+                tokens=count,
+                plan=str(plan),
+                microseconds=plan.seconds(count) * 1e6,
+                kernels=tuple(map(str, run)),
+            )
+        )
+    return KernelPlans(
+        blocks=tuple(paths),
+        spec=spec.key,
+        active=active,
+        target=device.name,
+        board=device.board,
+        costs={str(one): one.text for one in plans(spec, device, active)},
+        chosen=tuple(chosen),
+        resources=tuple(map(_resources, compiled.values())),
+        source=emit(spec).source,
+    )
+
+
+def _resources(one: aot.Resources) -> dict[str, Any]:
+    return {
+        "kernel": one.kernel,
+        "registers": one.registers,
+        "spilled": one.spilled,
+        "shared": one.shared,
+        "warps": one.warps,
+        "blocks": one.blocks,
+        "occupancy": round(one.occupancy, 3),
+        "products": one.products,
+        "async_copies": one.async_copies,
+        "loop": size(one.loop),
+        "instructions": size(one.instructions),
+    }
+
+
+def _resources_line(row: dict[str, Any]) -> str:
+    products = f", {row['products']}" if row["products"] else ""
+    loop = f", {row['loop']} in the loop" if row["loop"] else ""
+    return (
+        f"  {row['kernel']:<28} {row['registers']:>3} registers, {row['spilled']} B spilled, "
+        f"{row['shared'] / 1024:.0f} KiB shared, {row['blocks']} blocks of {row['warps']} warps an "
+        f"SM ({row['occupancy']:.0%}), {row['instructions']} instructions{loop}{products}"
+    )
+
+
+def has_problem(found: Sequence[KernelPlans]) -> bool:
+    """Tell whether a kernel spills, or does not fit the GPU."""
+    return any(row["spilled"] or not row["blocks"] for one in found for row in one.resources)
+
+
+def print_plans(found: Sequence[KernelPlans], console: Console, source: bool = False) -> None:
+    """Print plans and costs, what the kernels use, and the source if it is asked for."""
+    for one in found:
+        path, *others = one.blocks
+        more = f" and {len(others)} more" if others else ""
+        console.print(f"\n[b]{path or 'the model'}[/b]{more}", highlight=False)
+        console.print(f"{one.spec} · K={one.active} · {one.target} ({one.board})", highlight=False)
+        for name, cost in one.costs.items():
+            console.print(f"  {name}: {cost} s", highlight=False, soft_wrap=True)
+        for row in one.chosen:
+            kernels = ", ".join(row.kernels)
+            text = f"  T={row.tokens}: {row.plan}, {row.microseconds:.0f} us: {kernels}"
+            console.print(text, highlight=False, soft_wrap=True)
+        for row in one.resources:
+            console.print(_resources_line(row), highlight=False, soft_wrap=True)
+        if source:
+            console.print(one.source, highlight=False, markup=False, soft_wrap=True)
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Read a list of token counts such as `1,64,4096`; raises `OptionError` for anything else."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise OptionError(f"--tokens {text!r} is not a list of positive numbers such as 1,64,4096")
+    return list(map(int, parts))

@@ -1,0 +1,119 @@
+"""What the Triton kernels compile to, beside the record of `benchmarks.static_gpu`."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+from benchmarks import static_gpu, static_report
+from benchmarks.static_peers import PEERS
+from benchmarks.static_traffic import launches
+from moecc.codegen.gpus import GPUS
+
+COMPILED = ("sm_80", "sm_90", "sm_100")
+KERNELS = {
+    "bf16": ("decode_gate_up", "decode_down", "grouped_gate_up 64", "grouped_down 16", "reduce"),
+    "int4": ("decode_gate_up", "grouped_gate_up 16", "grouped_down 128"),
+    "fp8-b128": ("grouped_down 64",),
+}
+"""What is compiled here; the record has the rest."""
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    if not static_gpu.RECORD.is_file():
+        pytest.skip(f"no {static_gpu.RECORD.name}: python -m benchmarks.static_gpu --json it")
+    return json.loads(static_gpu.RECORD.read_text())
+
+
+def rows(record: dict[str, Any]) -> list[static_gpu.Row]:
+    return [static_gpu.Row(**row) for row in record["rows"]]
+
+
+@pytest.mark.parametrize("target", COMPILED)
+@pytest.mark.parametrize("weights", KERNELS)
+def test_kernels_compile_to_what_was_recorded(
+    weights: str, target: str, record: dict[str, Any]
+) -> None:
+    known = {(row.name, row.target): row for row in rows(record)}
+    compared = 0
+    for number, launch in enumerate(static_gpu.planned(weights)):
+        if str(launch).startswith(KERNELS[weights]):
+            row = static_gpu.measure(weights, number, target)
+            golden = known[row.name, target]
+            assert (row.spilled, row.products) == (0, golden.products)
+            assert row.registers <= 1.05 * golden.registers, row
+            assert row.loop <= 1.05 * golden.loop, row
+            assert row.shared <= golden.shared, row
+            assert row.async_copies >= golden.async_copies, row
+            compared += 1
+    assert compared == len(KERNELS[weights])
+
+
+def test_the_record_has_every_kernel_on_every_target(record: dict[str, Any]) -> None:
+    wanted = {
+        (weights, str(launch), target)
+        for weights in static_gpu.WEIGHTS
+        for launch in static_gpu.planned(weights)
+        for target in GPUS
+    }
+    assert {(row.weights, row.kernel, row.target) for row in rows(record)} == wanted
+
+
+def test_nothing_recorded_spills_and_everything_fits(record: dict[str, Any]) -> None:
+    for row in rows(record):
+        assert row.spilled == 0, row
+        assert row.blocks >= 1, row
+        assert row.occupancy > 0.1, row
+
+
+def test_products_run_on_the_tensor_cores_of_their_target(record: dict[str, Any]) -> None:
+    for row in rows(record):
+        if row.kernel.startswith("grouped"):
+            tall = int(row.kernel.split()[1].split("x")[0]) >= 64
+            assert row.products == (GPUS[row.target].tensor_cores if tall else row.products), row
+            assert row.product_count > 0, row
+            assert row.async_copies > 0 or GPUS[row.target].is_amd, row
+        else:
+            assert not row.products, row
+        if row.kernel.startswith("decode") and not GPUS[row.target].is_amd:
+            assert row.wide_loads >= 2, row
+
+
+def test_products_are_level_with_the_peers_of_the_same_tile(record: dict[str, Any]) -> None:
+    """Fewer registers and instructions than vLLM's kernels, or as many within one in twenty."""
+    known = {(row.weights, row.kernel, row.target): row for row in rows(record)}
+    compared = 0
+    for peer in PEERS:
+        if "vLLM" in peer.name:
+            row = known[peer.weights, peer.ours, peer.target]
+            assert row.loop <= 1.05 * peer.loop, peer
+            assert peer.weights != "bf16" or row.registers <= 1.05 * peer.registers, peer
+            compared += 1
+    assert compared >= 5
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_fusion_moves_less_between_launches(tokens: int) -> None:
+    moved = {
+        name: sum(step.bytes for step in launches(name, static_gpu.SHAPE, tokens))
+        for name in ("minimum", "moecc decode", "moecc grouped", "triton_kernels", "vLLM")
+    }
+    assert list(moved) == sorted(moved, key=moved.__getitem__)
+    assert len(launches("moecc grouped", static_gpu.SHAPE, tokens)) < 5
+
+
+def test_the_page_is_made_of_the_record(record: dict[str, Any]) -> None:
+    page = (static_gpu.RECORD.parents[2] / "docs" / "static_gpu.md").read_text()
+    if f"Triton {record['triton']};" not in page:
+        pytest.skip("the page is of another triton")
+    assert page == static_report.page(record)
+
+
+def test_the_layer_is_the_one_that_is_compiled() -> None:
+    spec = static_gpu.make_spec("int4")
+    assert (spec.hidden, spec.experts, spec.dtype) == (2048, 128, torch.bfloat16)
+    assert str(spec.schemes) == "int4-g32"
