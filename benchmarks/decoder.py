@@ -66,11 +66,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="tokens after the prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rest", choices=["bf16"], help="llama.cpp's matrices that no expert has")
+    parser.add_argument(
+        "--profile", action="store_true", help="say what moecc's decode is spent on"
+    )
     parser.add_argument("--isa", choices=["avx2"], help="hold torch and moecc to this")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     narrow_to(arguments.isa)
     prepare_torch()
+    torch._inductor.config.cpp.enable_kernel_profile = arguments.profile  # names fused loops
     if not llama_cpp.installed():
         print("llama.cpp is not here: pip install moecc[llama]")
     bandwidth = read_bandwidth()
@@ -83,6 +87,8 @@ def main() -> None:
     for kind in arguments.kind.split(","):
         with contenders(model, kind, arguments.prompt + arguments.steps, arguments.rest) as runs:
             rows += measure(runs, kind, prompt, arguments.steps, arguments.rounds)
+            if arguments.profile:
+                print(f"\n{profile(runs['moecc'], prompt[0], arguments.steps)}", flush=True)
         record["results"] = [asdict(row) for row in rows]
         if arguments.json:
             arguments.json.write_text(json.dumps(record, indent=2) + "\n")
@@ -220,6 +226,21 @@ def measure(
         lines[-1] += [f"{row.decode_rate:.2f}", f"{row.decode_ratio:.2f}x"]
     print(f"\n{table(lines)}", flush=True)
     return rows
+
+
+def profile(run: Run, token: int, steps: int) -> str:
+    """Tell what decoding is spent on: what takes at least one part in a hundred."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run([token], steps)
+    events = sorted(profiler.key_averages(), key=lambda one: -one.self_cpu_time_total)
+    whole = sum(one.self_cpu_time_total for one in events)
+    lines = [["decode", "of the time", "us a call", "calls"]]
+    for one in events:
+        if one.self_cpu_time_total >= whole / 100:
+            own = one.self_cpu_time_total
+            lines.append([one.key[:70], f"{own / whole:.1%}", f"{own / one.count:.0f}"])
+            lines[-1].append(str(one.count))
+    return table(lines)
 
 
 if __name__ == "__main__":

@@ -74,3 +74,15 @@ def test_experts_that_are_alike_are_packed_as_each_would_be(model):
     with decoder.packing_the_first():
         assert torch.equal(low_bit.pack_experts(experts, INT8), plain(experts, INT8))
         assert torch.equal(low_bit.pack_experts(repeated, INT8), plain(repeated, INT8))
+
+
+def test_a_profile_names_what_decoding_is_spent_on():
+    def run(prompt, steps):
+        for _ in range(steps):
+            torch.ones(300, 300) @ torch.ones(300, 300)
+
+    text = decoder.profile(run, 0, 4)
+    assert text.splitlines()[0].split()[:2] == ["decode", "of"]
+    assert any(
+        line.split()[0] == "aten::mm" and line.split()[-1] == "4" for line in text.splitlines()
+    )
