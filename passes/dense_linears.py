@@ -40,12 +40,14 @@ def dense_linears(program: Program, options: Options) -> Outcome:
     found = _layers(program.gm.graph)
     if program.trains and found:
         return Outcome(program=program, note="off: gradients are wanted")
+    notes: list[str] = []
     misses: list[Miss] = []
     done: list[DenseLinear] = []
     lowerings: list[Lowering] = []
     for dtype, layers in found.items():
         try:
             if options.dense_linears == "auto" and multiplies(dtype):
+                notes.append(f"off: the CPU computes in {dtype}")
                 continue
             kernel = linear.emit(dtype)
         except (UnsupportedSpec, BuildError) as error:
@@ -60,8 +62,10 @@ def dense_linears(program: Program, options: Options) -> Outcome:
         linears=(*program.linears, *done),
         lowerings=(*program.lowerings, *lowerings),
     )
-    size = sum(one.inputs * one.outputs * one.dtype.itemsize for one in done)
-    note = f"{len(done)} layers, {size / 1e6:.1f} MB" if done else ""
+    if done:
+        size = sum(one.inputs * one.outputs * one.dtype.itemsize for one in done)
+        notes.append(f"{len(done)} layers, {size / 1e6:.1f} MB")
+    note = "; ".join(notes)
     return Outcome(program=after, rewrites=len(done), misses=tuple(misses), note=note)
 
 

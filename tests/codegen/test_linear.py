@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecc.codegen.native import isa, linear
+from moecc.runtime import linear as operator
 from moecc.runtime.errors import InputError, UnsupportedSpec
 from tests.codegen.sanitized import Found, run_sanitized
 
@@ -124,6 +125,15 @@ def test_an_input_that_does_not_fit_is_named():
         run(x, weight.to("meta"), bias)
     with pytest.raises(UnsupportedSpec, match="float32 none"):
         linear.emit(torch.float32)
+
+
+def test_the_operator_and_its_fake_agree():
+    kernel, layer = linear.emit(torch.float16), make_layer(torch.float16, 6, 40, 24)
+    operator.install(kernel.key, kernel.run)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.moecc.linear.default, (*layer, kernel.key), test_utils=checks)
+    with pytest.raises(InputError, match="'another' is not installed in this process"):
+        torch.ops.moecc.linear(*layer, "another")
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -101,6 +101,7 @@ def test_auto_asks_whether_the_cpu_computes_in_the_dtype(
     assert isa.multiplies(torch.bfloat16) == arithmetic
     step = handed(capture(Mlp(), rows()).gm, Options()).steps[0]
     assert step.rewrites == (0 if arithmetic else 2)
+    assert step.note.startswith("off: the CPU computes in" if arithmetic else "2 layers, ")
 
 
 @pytest.mark.parametrize(
