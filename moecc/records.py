@@ -22,6 +22,7 @@ class Record:
     blocks: tuple[Any, ...]
     lowerings: tuple[Any, ...]
     placements: tuple[Any, ...]
+    linears: tuple[Any, ...]
     notes: tuple[Miss, ...]
     """What capture saw while the graph was traced."""
     tensors: tuple[weakref.ref[torch.Tensor], ...]
@@ -42,6 +43,7 @@ class Record:
             blocks=result.program.blocks,
             lowerings=result.program.lowerings,
             placements=result.program.placements,
+            linears=result.program.linears,
             notes=notes,
             tensors=tuple(map(weakref.ref, inputs)),
         )

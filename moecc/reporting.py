@@ -27,6 +27,8 @@ class GraphReport:
     """path, style, source, experts, active, hidden_size, intermediate, dtype, activation, kernel;
     router: text, steps, unknown, matrix, matrix_bias, dtype, reads; shared: text, intermediate,
     gated, activation, gate, then, unknown, or None"""
+    linears: tuple[dict[str, Any], ...]
+    """path, inputs, outputs, dtype, kernel: linear layers that moecc's kernels compute"""
     misses: tuple[dict[str, Any], ...]
     """where, why, fallback, node, source"""
 
@@ -98,6 +100,7 @@ def graph_report(record: Record) -> GraphReport:
         calls=record.calls,
         passes=tuple(map(_pass, record.steps)),
         blocks=tuple(_block(block, kernels.get(block.path, "")) for block in record.blocks),
+        linears=tuple(asdict(one) | {"dtype": _name(one.dtype)} for one in record.linears),
         misses=tuple(asdict(miss) for miss in record.misses),
     )
 
@@ -110,13 +113,16 @@ def _pass(step: Step) -> dict[str, Any]:
 def _block(block: Any, kernel: str) -> dict[str, Any]:
     names = ("path", "style", "source", "experts", "active", "hidden_size", "intermediate")
     plain = {name: getattr(block, name) for name in names}
-    dtype = str(block.dtype).removeprefix("torch.")
     described = {
         name: None if (found := getattr(block, name)) is None else found.to_dict()
         for name in ("router", "shared")
     }
-    text = {"dtype": dtype, "activation": str(block.activation), "kernel": kernel}
+    text = {"dtype": _name(block.dtype), "activation": str(block.activation), "kernel": kernel}
     return plain | text | described
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _eager(model: nn.Module) -> EagerReport | None:

@@ -146,6 +146,18 @@ class Lowering:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DenseLinear:
+    """A linear layer that a kernel of ours computes."""
+
+    path: str
+    """Module path in the user's model, `model.layers.3.self_attn.q_proj`; a label."""
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """A graph plus everything the compiler has decided about it so far.
 
@@ -161,6 +173,7 @@ class Program:
     placements: tuple[Placement, ...] = ()
     prefetches: tuple[Prefetch, ...] = ()
     lowerings: tuple[Lowering, ...] = ()
+    linears: tuple[DenseLinear, ...] = ()
 
     def nodes(self) -> Mapping[str, Node]:
         """Look nodes up by name."""

@@ -38,6 +38,8 @@ class Options:
     misses: str = "wait"
     """`home` computes an expert in host memory when that is sooner than its copy to a device."""
     kernels: str = "auto"
+    dense_linears: bool | Literal["auto"] = "auto"
+    """Linear layers in bf16 and fp16 run on our kernels; auto is where the CPU widens these."""
     inner: str = "inductor"
     strict: bool = False
 
@@ -176,10 +178,13 @@ def _inner(value: Any) -> str:
     raise _bad("inner", value, f"a registered backend: {[b for b in backends if b != 'moecc']}")
 
 
-def _strict(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise _bad("strict", value, "True or False")
+def _flag(key: str, *others: str) -> Any:
+    def check(value: Any) -> bool | str:
+        if isinstance(value, bool) or value in others:
+            return value
+        raise _bad(key, value, " or ".join(["True", "False", *map(repr, others)]))
+
+    return check
 
 
 _CHECKS: dict[str, Any] = {
@@ -190,6 +195,7 @@ _CHECKS: dict[str, Any] = {
     "trace": _trace,
     "misses": _one_of("misses", MISSES),
     "kernels": _one_of("kernels", EMITTERS),
+    "dense_linears": _flag("dense_linears", "auto"),
     "inner": _inner,
-    "strict": _strict,
+    "strict": _flag("strict"),
 }

@@ -7,6 +7,7 @@ from time import perf_counter
 
 from torch.fx import Graph, Node
 
+from moecc.passes.dense_linears import dense_linears
 from moecc.passes.detect_moe import detect_moe
 from moecc.passes.fuse_experts import fuse_experts
 from moecc.passes.insert_prefetch import insert_prefetch
@@ -27,7 +28,8 @@ PIPELINE: tuple[Pass, ...] = (
     quantize_experts,  # after fuse: a scheme is chosen for a block's whole weights
     schedule_offload,  # after quantize: the budget counts real bytes
     insert_prefetch,  # after schedule: which experts live elsewhere is known
-    lower,  # last: the kernel depends on scheme and placement
+    lower,  # after these: the kernel depends on scheme and placement
+    dense_linears,  # last: passes before read routers and shared experts as linear layers
 )
 
 

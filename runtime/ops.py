@@ -118,7 +118,7 @@ def _experts_apart(
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    _refuse_meta(gate_up[0])
+    refuse_meta(gate_up[0])
     if lender_of(gate_up[0]) is None:
         first, second = bank.together(gate_up), bank.together(down)
         third = None if up is None else bank.together(up)
@@ -165,11 +165,11 @@ def _combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return terms.sum(dim=1).to(y.dtype)
 
 
-def _refuse_meta(tensor: torch.Tensor) -> None:
+def refuse_meta(tensor: torch.Tensor) -> None:
     """Fail loudly where torch would return uninitialised memory: a real tensor without data."""
     if tensor.is_meta and not isinstance(tensor, FakeTensor):
         raise InputError(
-            f"expert weights of shape {tuple(tensor.shape)} are on the meta device and hold no "
+            f"weights of shape {tuple(tensor.shape)} are on the meta device and hold no "
             "data; load them before calling the model"
         )
 
@@ -187,7 +187,7 @@ def _fake_experts(
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    _refuse_meta(gate_up)
+    refuse_meta(gate_up)
     return hidden.new_empty(hidden.shape)
 
 
@@ -204,7 +204,7 @@ def _fake_experts_apart(
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    _refuse_meta(gate_up[0])
+    refuse_meta(gate_up[0])
     return hidden.new_empty(hidden.shape)
 
 
@@ -215,7 +215,7 @@ def _fake_expert_linear(
     bias: torch.Tensor | None,
     transposed: bool,
 ) -> torch.Tensor:
-    _refuse_meta(weight)
+    refuse_meta(weight)
     width = weight.shape[2 if transposed else 1]
     return x.new_empty(ids.numel(), width, dtype=weight.dtype)
 
@@ -242,7 +242,9 @@ def _refuse_gradient(name: str) -> Callable[..., None]:
     return backward
 
 
-def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]):
+def define(
+    schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
+) -> None:
     """Register with `Library`, not `custom_op`, which costs 100 us more a call."""
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -251,27 +253,27 @@ def _define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., t
     torch.library.register_autograd(f"moecc::{name}", _refuse_gradient(name), lib=_library)
 
 
-_define(
+define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, Tensor? learned, str kernel, "
     "Tensor[]? after=None) -> Tensor",
     run_experts,
     _fake_experts,
 )
-_define(
+define(
     "experts.apart(Tensor hidden, Tensor ids, Tensor weights, Tensor[] gate_up, Tensor[] down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor[]? up, Tensor? learned, str kernel, "
     "Tensor[]? after=None) -> Tensor",
     _experts_apart,
     _fake_experts_apart,
 )
-_define(
+define(
     "expert_linear(Tensor x, Tensor ids, Tensor weight, Tensor? bias, bool transposed) -> Tensor",
     _expert_linear,
     _fake_expert_linear,
 )
-_define("combine(Tensor y, Tensor weights) -> Tensor", _combine, _fake_combine)
-_define(
+define("combine(Tensor y, Tensor weights) -> Tensor", _combine, _fake_combine)
+define(
     "prefetch(Tensor scores, Tensor weight, int active, int distance) -> Tensor",
     _prefetch,
     _fake_prefetch,

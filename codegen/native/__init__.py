@@ -4,4 +4,5 @@
 
 `experts.cpp` is the layer, `dot.h` and `axpy.h` the two matrix products (weights stored
 output-major and input-major), `math.h` the activations, `vec.h` the vector layer under them.
+`linear.py` and `linear.cpp` do the same for a dense layer, with `dot.h`.
 """

@@ -32,7 +32,8 @@ from moecc.runtime.errors import InputError, UnsupportedSpec
 from moecc.runtime.schemes.packing import panel_bytes
 from moecc.runtime.schemes.scheme import Scheme
 
-_WEIGHT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What C++ calls the dtypes of a model."""
 _CODES = {
     "int8": "Int8<{whole_rows}>",
     "mxfp4": "Mxfp4",
@@ -140,12 +141,12 @@ def _call(
     check_weights(spec, held, gate_up, down, up)
     check_vectors(spec, gate_up_bias, down_bias, learned)
     hidden, ids, weights = tokens
-    x = _plain(hidden, spec.dtype)
-    ids = _plain(ids, torch.int64)
-    weights = _plain(weights, torch.float32)
+    x = plain(hidden, spec.dtype)
+    ids = plain(ids, torch.int64)
+    weights = plain(weights, torch.float32)
     vectors = _flat(gate_up_bias), _flat(down_bias), _flat(learned)
     layer = _Layer(
-        *map(_address, (x, ids, weights, gate_up, up, down, *vectors, out)),
+        *map(address, (x, ids, weights, gate_up, up, down, *vectors, out)),
         *ids.shape,
         spec.hidden,
         spec.intermediate,
@@ -154,8 +155,8 @@ def _call(
         *_strides(gate_up if up is None else up, spec.hidden, spec.schemes and spec.schemes.first),
         *_strides(down, spec.intermediate, spec.schemes and spec.schemes.second),
         out.dtype == torch.float32,
-        1 if _forked else torch.get_num_threads(),
-        _address(slots),
+        thread_count(),
+        address(slots),
         slots is not None,
     )
     if function(ctypes.byref(layer)):
@@ -166,8 +167,8 @@ def write(spec: KernelSpec) -> str:
     """Write the C++ source of a spec; raises `UnsupportedSpec`."""
     if spec.device != "cpu":
         raise UnsupportedSpec(f"native kernels run on cpu, not on {spec.device!r}")
-    if spec.dtype not in _WEIGHT:
-        names = ", ".join(str(dtype) for dtype in _WEIGHT)
+    if spec.dtype not in TYPES:
+        names = ", ".join(str(dtype) for dtype in TYPES)
         raise UnsupportedSpec(f"native kernels read {names}, not {spec.dtype}")
     if spec.split and (spec.interleaved or not spec.gated):
         raise UnsupportedSpec("gate and up in two tensors are gated and do not alternate")
@@ -184,16 +185,16 @@ def write(spec: KernelSpec) -> str:
     products = ("quantized.h", "floating.h") if spec.schemes else ("dot.h", "axpy.h")
     return "\n".join(
         [
-            *map(_template, ("vec.h", "math.h", *products, "team.h")),
+            *map(template, ("vec.h", "math.h", *products, "team.h", "tasks.h")),
             *facts,
-            _template("experts.cpp"),
+            template("experts.cpp"),
         ]
     )
 
 
 def _types(spec: KernelSpec) -> list[str]:
     """Name the types of a block's values, and the product that each matrix takes."""
-    model = _WEIGHT[spec.dtype]
+    model = TYPES[spec.dtype]
     if spec.schemes is None:
         kinds = ["Axpy" if turned else "Dot" for turned in (spec.transposed, spec.down_transposed)]
         stored, first, second = model, *(f"{kind}<{model}>" for kind in kinds)
@@ -229,7 +230,8 @@ def _activate(expr: Expr) -> str:
 
 
 @functools.cache
-def _template(name: str) -> str:
+def template(name: str) -> str:
+    """Give a file of C++ as a part of a source that has no includes of its own."""
     text = (Path(__file__).parent / name).read_text()
     return re.sub(r'#pragma once\n|#include ".*"\n', "", text)
 
@@ -249,7 +251,12 @@ def _strides(weights: torch.Tensor, columns: int, scheme: Scheme | None) -> tupl
     return weights.stride(0), panel_bytes(columns, scheme)
 
 
-def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def thread_count() -> int:
+    """Give the threads that a call may use."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Give a tensor contiguous and in a dtype; calls that change nothing take a microsecond."""
     if tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
@@ -260,5 +267,6 @@ def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Give where a tensor's first element lies, None for no tensor."""
     return None if tensor is None else tensor.data_ptr()

@@ -4,13 +4,9 @@
 // order and type of inputs), GATED, INTERLEAVED, BIAS, LEARNED and activate(). Shapes, strides and
 // the number of threads are arguments.
 
-#include <algorithm>
-#include <atomic>
-#include <new>
 #include <utility>
 #include <vector>
 
-constexpr int CHUNK = 48;  // tokens of one expert that are computed together
 constexpr int OUTPUTS = GATED ? First::PANEL / 2 : First::PANEL;  // activated values a task makes
 // A task of the first product writes whole lines of the second's inputs.
 static_assert(OUTPUTS % Second::LENGTH == 0 && OUTPUTS % LANES == 0);
@@ -70,33 +66,6 @@ struct Routing {
   }
 };
 
-// The length of a packed row of a product's inputs: whole lines, and an odd number of them, so that
-// the rows of a tile do not all fall into the same few sets of L1.
-template <class Product>
-static int64_t packed_row(int64_t length) {
-  return ((length + Product::LENGTH - 1) / Product::LENGTH | 1) * Product::UNITS;
-}
-
-template <class T>
-struct Scratch {
-  explicit Scratch(int64_t count)
-      : memory(static_cast<T*>(::operator new(count * sizeof(T) + 64, std::align_val_t(64)))) {}
-  ~Scratch() { ::operator delete(memory, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* memory;
-};
-
-// Copy one row of hidden states into the first product's order, padded with zeros.
-static void pack_row(const Model* row, int64_t length, First::Input* packed) {
-  constexpr int line_length = First::LENGTH;
-  for (int64_t k = 0; k < length; k += line_length) {
-    alignas(64) float line[line_length] = {};
-    for (int64_t i = k; i < length && i < k + line_length; ++i) line[i - k] = widen1(row[i]);
-    First::pack(line, packed + k / line_length * First::UNITS);
-  }
-}
-
 // Apply the bias and the activation to one token's first products, and pack the result in the
 // second product's order.
 static void finish(const float* products, const Model* bias, int64_t gap, const Model* learned,
@@ -148,7 +117,7 @@ struct Run {
   }
 
   void pack(int64_t token) const {
-    pack_row(layer.hidden + token * layer.H, layer.H, x.memory + token * x_row);
+    pack_row<First>(layer.hidden + token * layer.H, layer.H, x.memory + token * x_row);
   }
 
   // OUTPUTS intermediate values of all tokens of one active expert.
@@ -218,16 +187,6 @@ struct Run {
     }
   }
 };
-
-// Hand out `tasks` numbers to the threads that ask, each thread knowing its next one in advance.
-template <class Task>
-static void share(std::atomic<int64_t>& counter, int64_t tasks, Task task) {
-  for (int64_t now = counter++; now < tasks;) {
-    int64_t next = counter++;
-    task(now, next < tasks ? next : now);
-    now = next;
-  }
-}
 
 static Team team;
 

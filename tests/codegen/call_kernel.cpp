@@ -1,4 +1,4 @@
-// Call a kernel of a library once: call_kernel LIBRARY CASE RESULT
+// Call a kernel of a library once: call_kernel LIBRARY NAME CASE RESULT
 //
 // CASE holds the words of the kernel's argument, each as two int64: -1 and a number, or a size and
 // an offset, followed by so many bytes. Each buffer is allocated alone and as large as it says, so
@@ -19,11 +19,11 @@ static void* buffer(FILE* file, int64_t size, int64_t offset) {
 }
 
 int main(int count, char** arguments) {
-  if (count != 4) return 2;
+  if (count != 5) return 2;
   void* library = dlopen(arguments[1], RTLD_NOW);
   if (!library) return fprintf(stderr, "%s\n", dlerror()), 2;
-  auto kernel = reinterpret_cast<int (*)(const void*)>(dlsym(library, "moecc_experts"));
-  FILE* file = fopen(arguments[2], "rb");
+  auto kernel = reinterpret_cast<int (*)(const void*)>(dlsym(library, arguments[2]));
+  FILE* file = fopen(arguments[3], "rb");
   std::vector<void*> words;
   void* last = nullptr;
   int64_t pair[2], last_size = 0;
@@ -32,6 +32,6 @@ int main(int count, char** arguments) {
     words.push_back(pair[0] >= 0 ? last : reinterpret_cast<void*>(pair[1]));
   }
   if (int failed = kernel(words.data())) return fprintf(stderr, "kernel: %d\n", failed), 4;
-  FILE* result = fopen(arguments[3], "wb");
+  FILE* result = fopen(arguments[4], "wb");
   return fwrite(last, 1, last_size, result) == size_t(last_size) && !fclose(result) ? 0 : 5;
 }

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from moecc.codegen.native import build, emit
+from moecc.codegen.native import build, emit, linear
 from moecc.codegen.spec import KernelSpec
 
 FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -24,12 +24,16 @@ class Found(AssertionError):
 
 
 def run_sanitized(
-    spec: KernelSpec, *tensors: torch.Tensor | None, change: tuple[str, str] | None = None
+    spec: KernelSpec | torch.dtype,
+    *tensors: torch.Tensor | None,
+    change: tuple[str, str] | None = None,
 ) -> torch.Tensor:
-    """Run a spec's kernel under the sanitizers, with `change` made in its source; give its output.
+    """Run a kernel under the sanitizers, with `change` made in its source; give its output.
 
-    Raises `Found` when a sanitizer finds something.
+    A dtype is that of a dense layer. Raises `Found` when a sanitizer finds something.
     """
+    emitter = linear if isinstance(spec, torch.dtype) else emit
+    name = emitter.__name__.replace("emit", "experts").rpartition(".")[2]
     buffers: dict[int, torch.Tensor] = {}
 
     def address(tensor: torch.Tensor | None) -> int | None:
@@ -42,13 +46,13 @@ def run_sanitized(
             assert change[0] in source
             source = source.replace(*change)
         flags = f"{os.environ.get('CXXFLAGS', '')} {FLAGS}"
-        return functools.partial(_call, _library(source, flags), buffers)
+        return functools.partial(_call, _library(source, flags), f"moecc_{name}", buffers)
 
-    with mock.patch.object(emit, "_address", address), mock.patch.object(emit, "_load", load):
-        return emit.emit(spec).run(*tensors)
+    with mock.patch.object(emitter, "address", address), mock.patch.object(emitter, "_load", load):
+        return emitter.emit(spec).run(*tensors)
 
 
-def _call(library: Path, buffers: dict[int, torch.Tensor], reference: object) -> int:
+def _call(library: Path, name: str, buffers: dict[int, torch.Tensor], reference: object) -> int:
     layer: ctypes.Structure = reference._obj  # what ctypes.byref was given
     values = {name: getattr(layer, name) or 0 for name, _ in layer._fields_}
     words = [
@@ -59,7 +63,7 @@ def _call(library: Path, buffers: dict[int, torch.Tensor], reference: object) ->
     case, result = folder / "case", folder / "result"
     case.write_bytes(b"".join(words))
     done = subprocess.run(
-        [_program(), library, case, result],
+        [_program(), library, name, case, result],
         capture_output=True,
         text=True,
         check=False,

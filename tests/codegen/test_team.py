@@ -30,7 +30,7 @@ extern "C" void record(Team* team, int64_t threads, int size, int64_t start, int
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    lib = load(emit._template("vec.h") + emit._template("team.h") + PROGRAM)
+    lib = load(emit.template("vec.h") + emit.template("team.h") + PROGRAM)
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.make.restype = pointer
     lib.drop.argtypes = [pointer]
