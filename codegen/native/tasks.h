@@ -19,11 +19,16 @@ struct Scratch {
   T* memory;
 };
 
-// The length of a packed row of a product's inputs: whole lines, and an odd number of them, so that
-// the rows of a tile do not all fall into the same few sets of L1.
+// The length of a packed row of a product's inputs: whole lines, and filled up so that rows start
+// everywhere in a page. The sets of L1 are chosen by an address in its page, and a tile reads the same
+// part of several rows at a time: with whole pages these would drive each other out.
 template <class Product>
 static int64_t packed_row(int64_t length) {
-  return ((length + Product::LENGTH - 1) / Product::LENGTH | 1) * Product::UNITS;
+  constexpr int64_t PAGE = 2048, STEP = 832;  // bytes; 13 lines, so that 32 rows start in 32 places
+  int64_t lines = (length + Product::LENGTH - 1) / Product::LENGTH;
+  int64_t bytes = lines * Product::UNITS * int64_t(sizeof(typename Product::Input));
+  int64_t pages = std::max<int64_t>(0, (bytes - STEP + PAGE - 1) / PAGE);
+  return (pages * PAGE + STEP) / int64_t(sizeof(typename Product::Input));
 }
 
 // Copy one row of inputs into a product's order, padded with zeros.
