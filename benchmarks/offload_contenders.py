@@ -14,12 +14,14 @@ from moecc.generate import Timing, generate
 from moecc.lenders import bound_to
 from moecc.runtime.errors import MissingExtra
 from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.stand_in import Lender
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Event
+from moecc.runtime.offload.trial import Trial
 from moecc.timed_bank import Call, TimedBank
 
 
@@ -94,12 +96,13 @@ class Contender:
 
 def new_contender(name: str, stores: Sequence[Store], slots: int) -> Contender:
     """Give a contender banks of its own, with so many slots each."""
-    link = Link()
+    link, trial = Link(), Trial()
     banks = [
         Bank(
             number=number,
             store=store,
             pool=Pool(store.layout, slots, POLICIES[CONTENDERS[name][0]], link),
+            guesses=Guesses(trial=trial),
         )
         for number, store in enumerate(stores)
     ]

@@ -1,6 +1,6 @@
 """Find what lends a model its experts, and tell where they live and how the cache did."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +34,9 @@ class ExpertsReport:
     """From disk so far."""
     read_bandwidth: float | None
     """Bytes a second while something was read."""
+    guesses: dict[str, Any] | None
+    """Whether blocks act on guesses now (`on`), and the seconds of a decoding step `with` them and
+    `without`, None where that is not known yet; None before the first guess"""
 
     def total(self, name: str) -> float:
         """Add up one number of all blocks."""
@@ -110,6 +113,7 @@ def report_experts(model: nn.Module) -> ExpertsReport | None:
         total_bytes=sum(block["experts"] * block["slot_bytes"] for block in blocks),
         read_bytes=sum(link.bytes for link in links.values()),
         read_bandwidth=max(seconds, default=None),
+        guesses=_trial(banks_of(model)),
     )
 
 
@@ -137,6 +141,14 @@ def _block(path: str, lender: Lender) -> dict[str, Any]:
     numbers |= dict.fromkeys(("recall", "wide_recall", "whole"))
     place = {"home": "memory", "experts": experts, "slots": experts, "slot_bytes": size}
     return plain | place | numbers
+
+
+def _trial(banks: Sequence[Bank]) -> dict[str, Any] | None:
+    if not any(bank.guesses.made for bank in banks):
+        return None
+    trial = banks[0].guesses.trial
+    with_them, without = (trial.seconds.get(side) for side in (True, False))
+    return {"on": trial.on, "with": with_them, "without": without}
 
 
 def _accuracy(guesses: Guesses) -> dict[str, float | None]:

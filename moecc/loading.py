@@ -33,6 +33,7 @@ from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.device import new_device
 from moecc.runtime.offload.device_link import DeviceLink, hold_in_memory
+from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand
@@ -42,6 +43,7 @@ from moecc.runtime.offload.record import new_records
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, put_in
 from moecc.runtime.offload.store import Store
+from moecc.runtime.offload.trial import Trial
 from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Schemes
 from moecc.transformers_experts import experts_spec
@@ -257,7 +259,7 @@ def make_banks(
     """
     memory = 1.0 if options.expert_memory is None else options.expert_memory
     policy = _policy(options)
-    link = Link()
+    link, trial = Link(), Trial()
     slots = place_experts(demands_of(model, stores, active), memory, options.trace)
     return [
         Bank(
@@ -265,6 +267,7 @@ def make_banks(
             store=store,
             pool=Pool(store.layout, slots[number], policy, link),
             schemes=schemes[number],
+            guesses=Guesses(trial=trial),
         )
         for number, store in enumerate(stores)
     ]

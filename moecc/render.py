@@ -65,6 +65,10 @@ def print_experts(experts: ExpertsReport, console: Console) -> None:
             f"{experts.read_bytes / 1e6:,.1f} MB read from disk at "
             f"{experts.read_bandwidth / 1e6:,.0f} MB/s"
         )
+    if experts.guesses and experts.guesses["with"] and experts.guesses["without"]:
+        times = (f"{experts.guesses[side] * 1e3:.1f} ms {side}" for side in ("with", "without"))
+        acted = "acted on" if experts.guesses["on"] else "not acted on"
+        console.print(f"a decoding step takes {', '.join(times)} predictions; they are {acted} now")
 
 
 def print_graph(graph: GraphReport, console: Console) -> None:

@@ -60,6 +60,8 @@ class Bank:
         Raises `StoreError` when an expert cannot be read; the next call is not affected.
         """
         wanted = self._experts(ids)
+        if self.number == 0:
+            self.guesses.trial.step() if len(hidden) <= MOST_TOKENS else self.guesses.trial.pause()
         wide = torch.promote_types(self.store.layout.parts[0].dtype, torch.float32)
         onto = hidden.new_zeros(hidden.shape, dtype=wide)
         with self.pool.lock:

@@ -8,6 +8,7 @@ from moecc.runtime.offload.governor import Governor
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.store import Store
+from moecc.runtime.offload.trial import Trial
 
 _SOON = 8
 """Requests within which an expert that a guess drove out is missed or not."""
@@ -18,6 +19,8 @@ class Guesses:
     """The latest guess of a block and what guesses have been worth."""
 
     governor: Governor = field(default_factory=Governor)
+    trial: Trial = field(default_factory=Trial)
+    """Of the whole model."""
     right: int = 0
     """Of the top-k experts asked for, those that were among the first k guessed."""
     wide: int = 0
@@ -42,6 +45,8 @@ class Guesses:
     def choose(self, ranked: Sequence[Key], read: float, busy: float) -> list[Key]:
         """Take a guess, best first, and say what is worth a read of so many seconds."""
         self._latest = [expert for _, expert in ranked], self.clock()
+        if not self.trial.on:
+            return []
         worth = self.governor.worth(len(ranked), read, busy)
         return [key for key, good in zip(ranked, worth, strict=True) if good]
 

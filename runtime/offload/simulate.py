@@ -11,6 +11,7 @@ The experts of a block that are there compute while the others arrive, as in `Ba
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Literal
 
 from moecc.runtime.offload.bank import MOST_TOKENS
@@ -24,6 +25,7 @@ from moecc.runtime.offload.recording import Recording, block_of
 from moecc.runtime.offload.replay import first_keys, foretold, let_in, new_policy, serve
 from moecc.runtime.offload.simulated_link import SimulatedLink, Transfer
 from moecc.runtime.offload.trace import Guess, Ranking, Request
+from moecc.runtime.offload.trial import Trial
 
 GOVERNED = "governed"
 """Predictions that the run made, let in as a governor decides with the profile's speeds."""
@@ -109,7 +111,9 @@ class _Run:
     ) -> None:
         self.recording, self.predictions = recording, predictions
         self.link, self.speed = SimulatedLink(profile.link), profile.compute
-        self.guesses = [Guesses(clock=lambda: self.link.now) for _ in recording.blocks]
+        clock = partial(getattr, self.link, "now")
+        self.trial = Trial(clock=clock)
+        self.guesses = [Guesses(clock=clock, trial=self.trial) for _ in recording.blocks]
         self.pools: list[_Pool] = []
         for number, count in enumerate(slots):
             own = [one for one in recording.of_pool(number) if isinstance(one, Request)]
@@ -196,6 +200,8 @@ class _Run:
     def _serve(self, request: Request) -> None:
         """Compute a block, as `Bank.run` does."""
         pool, demand = self._pool(request.block), self.recording.blocks[request.block]
+        if request.block == 0:
+            self.trial.step() if request.tokens <= MOST_TOKENS else self.trial.pause()
         keys = [(request.block, expert) for expert in request.experts]
         missing = [key for key in keys if key not in pool.cache]
         self.guesses[request.block].check(request.experts, missing)

@@ -1,0 +1,59 @@
+"""Try whether guesses pay, by the time of whole decoding steps with and without them.
+
+A governor's prices know the link. They do not know what a read costs whatever else runs on the same
+cores and memory. So steps take turns: a few with guesses, a few without, many with what was faster,
+and then a few with the other again. The many become more while the same side wins, so that trying
+costs a small share (`TRY / MOST`) of what the wrong side loses.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+TRY = 16
+"""Steps of a short turn. The first of any turn is not counted: the turn before filled the cache."""
+LEAST, MOST = 64, 512
+"""Steps of a long one."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """Whether the blocks of a model act on guesses now, and what steps took."""
+
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds; a simulator has its own."""
+    on: bool = True
+    seconds: dict[bool, float] = field(default_factory=dict[bool, float])
+    """Of a step with guesses (True) and without: what the latest turn had counts half."""
+    _best: bool | None = None
+    _left: int = TRY
+    _is_long: bool = False
+    _stay: int = LEAST
+    _began: float | None = None
+    _taken: list[float] = field(default_factory=list[float])
+
+    def step(self) -> None:
+        """Begin a decoding step: the first block of the model says so."""
+        now = self.clock()
+        if self._began is not None:
+            self._taken.append(now - self._began)
+        self._began = now
+        if len(self._taken) == self._left:
+            self._end_turn()
+
+    def pause(self) -> None:
+        """Count nothing until the next step begins: something else goes on."""
+        self._began = None
+
+    def _end_turn(self) -> None:
+        mean = statistics.fmean(sorted(self._taken[1:])[:-1])  # the longest may be something else
+        self._taken.clear()
+        self.seconds[self.on] = (self.seconds.get(self.on, mean) + mean) / 2
+        if self._is_long or len(self.seconds) == 1:
+            self.on, self._left, self._is_long = not self.on, TRY, False
+            return
+        best = self.seconds[True] <= self.seconds[False]
+        self._stay = min(2 * self._stay, MOST) if best is self._best else LEAST
+        self._best = best
+        self.on, self._left, self._is_long = best, self._stay, True
