@@ -170,6 +170,8 @@ def _load_packed(
     """Load what `moecc pack` wrote."""
     manifest = read_manifest(folder)
     check_source(manifest)
+    if options.budget is not None:
+        raise OptionError(f"{str(folder)!r} is packed, its bits are shared out; leave quantize out")
     for block in manifest.blocks:
         wanted = options.schemes(block.path) if options.quantize is not None else block.schemes
         if wanted != block.schemes:

@@ -169,5 +169,7 @@ def test_a_budget_is_shared_from_the_checkpoint(source: Path, tmp_path: Path) ->
     for model in (packed, beside):
         assert {block["schemes"] for block in moecc.report(model).experts.blocks} == schemes
         assert torch.equal(model(PROMPT[None]).logits, want)
+    with pytest.raises(OptionError, match="is packed, its bits are shared out"):
+        moecc.load(tmp_path / "packed", quantize="5bpw")
     with pytest.raises(OptionError, match=r"'2\.1bpw' is too small"):
         moecc.load(source, quantize="2.1bpw")
