@@ -109,10 +109,10 @@ def test_strict_turns_a_fallback_into_an_error() -> None:
     assert compiled_blocks(GroupedMoe(), tokens(4), kernels="triton") == 1
 
 
-def test_a_budget_below_the_experts_is_reported() -> None:
-    model = GroupedMoe()
-    assert compiled_blocks(model, tokens(4), expert_memory="50%") == 1
-    assert "load the model with moecc.load" in str(moecc.report(model))
+def test_a_budget_for_experts_in_memory_names_what_keeps_it() -> None:
+    torch_error = torch._dynamo.exc.BackendCompilerFailed
+    with pytest.raises(torch_error, match=r"OptionError.*moecc.load\(.*moecc.offload\("):
+        compiled_blocks(GroupedMoe(), tokens(4), expert_memory="50%")
 
 
 def test_other_backends_see_what_they_always_saw() -> None:

@@ -195,9 +195,3 @@ def test_a_model_that_reads_its_experts_otherwise_gets_them_back(tmp_path: Path)
         moecc.offload(model, tokens(4), store=tmp_path, expert_memory="50%")
     assert torch.equal(model(tokens(4)), expected)
     assert model.state_dict()
-
-
-def test_a_budget_for_experts_in_memory_names_offload() -> None:
-    compiled = torch.compile(make(GptFast), backend="moecc", options={"expert_memory": "50%"})
-    with pytest.raises(Exception, match=r"OptionError.*moecc.offload\("):
-        compiled(tokens(4))
