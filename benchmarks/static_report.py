@@ -70,7 +70,9 @@ def _layer(record: Record) -> Iterator[str]:
     yield ""
     yield (
         "More than 2048 assignments are sorted by three launches instead of one, and vLLM's "
-        "alignment takes two. Bytes of weights fall with their bits in every row."
+        "alignment takes two. The decode kernels read an expert's weights again for each further "
+        "token that chose it, from L2 at best, and are not chosen where that costs more. Bytes of "
+        "weights fall with their bits in every row."
     )
 
 

@@ -49,15 +49,18 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
     A step moves (m + n) * k weights and states for m * n * k products, so both sides should be
     large. What bounds them is the accumulator: 64 registers of each thread, which every target from
     sm_80 on compiles without spills; float32 has no tensor cores and needs the registers itself.
+    Two stages lie in shared memory while the third is computed: with more, 100 KiB hold one block.
     """
     if spec.dtype == torch.float32:
         n, k, num_warps, num_stages = 64 // products, 32, 8 if block_m == 64 else 4, 2
     elif block_m == 128:
         n, k, num_warps, num_stages = 128 // products, 64, 8, 3
     elif block_m == 64:
-        n, k, num_warps, num_stages = 128 // products, 64, 4, 3
+        # Two products, and the codes of two tiles, need the registers of 8 warps.
+        num_warps = 8 if spec.schemes and products == 2 else 4
+        n, k, num_stages = 128 // products, 64, 3
     else:
-        n, k, num_warps, num_stages = 128 // products, 64, 4, 4
+        n, k, num_warps, num_stages = 128 // products, 64, 4, 3
     if columns % 8 or depth % 8:
         n, k = n // 2, 32  # not aligned to 16 bytes: every element is a load and needs an address
     return Tile(
@@ -75,12 +78,15 @@ def decode_tile(columns: int, depth: int, transposed: bool, scheme: Scheme | Non
     4096 weights a step: 16 for each thread, 32 with gates and ups, all read before the first is
     used. That many reads in flight hide the latency, and matrices of usual size still make a few
     programs for every SM. The longer side lies along memory. Packed weights come in panels of 16
-    rows; a step is 16 bytes a thread, as many codes as that is.
+    rows; a step is 16 bytes a thread, as many codes as that is, and no more than one scale if rows
+    share theirs.
     """
     n, k = (32, 128) if transposed else (4, 1024)
     if scheme is not None:
-        n, k = ROWS, 2048 // scheme.bits
-        return Tile(m=1, n=n, k=min(k, max(64, power_of_two(depth))), num_warps=8)
+        k = 2048 // scheme.bits
+        if scheme.rows > 1 and scheme.group:
+            k = min(k, scheme.group)
+        return Tile(m=1, n=ROWS, k=min(k, max(64, power_of_two(depth))), num_warps=8)
     return Tile(
         m=1,
         n=min(n, power_of_two(columns)),

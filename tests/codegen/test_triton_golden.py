@@ -25,7 +25,7 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
     if not static_gpu.RECORD.is_file():
-        pytest.skip(f"no {static_gpu.RECORD.name}: python -m benchmarks.static_gpu --json it")
+        pytest.skip(f"no {static_gpu.RECORD.name}: python -m benchmarks.static_gpu --json FILE")
     return json.loads(static_gpu.RECORD.read_text())
 
 
@@ -58,7 +58,7 @@ def test_the_record_has_every_kernel_on_every_target(record: dict[str, Any]) -> 
         (weights, str(launch), target)
         for weights in static_gpu.WEIGHTS
         for launch in static_gpu.planned(weights)
-        for target in GPUS
+        for target in static_gpu.targets_of(weights)
     }
     assert {(row.weights, row.kernel, row.target) for row in rows(record)} == wanted
 
@@ -79,12 +79,14 @@ def test_products_run_on_the_tensor_cores_of_their_target(record: dict[str, Any]
             assert row.async_copies > 0 or GPUS[row.target].is_amd, row
         else:
             assert not row.products, row
-        if row.kernel.startswith("decode") and not GPUS[row.target].is_amd:
-            assert row.wide_loads >= 2, row
+        # A step of fp8 blocks is half as long: 8 bytes a thread.
+        halved = row.weights == "fp8-b128" or GPUS[row.target].is_amd
+        if row.kernel.startswith("decode") and not halved:
+            assert row.wide_loads >= (2 if row.weights == "bf16" else 1), row
 
 
 def test_products_are_level_with_the_peers_of_the_same_tile(record: dict[str, Any]) -> None:
-    """Fewer registers and instructions than vLLM's kernels, or as many within one in twenty."""
+    """Registers and instructions of the loop are at most one in twenty above vLLM's kernels'."""
     known = {(row.weights, row.kernel, row.target): row for row in rows(record)}
     compared = 0
     for peer in PEERS:

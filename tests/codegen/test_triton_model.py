@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("kind", "quantize"), [("gpt_oss", []), ("qwen3_moe", ["int4"])])
+@pytest.mark.parametrize(("kind", "quantize"), [("mixtral", []), ("qwen3_moe", ["int4"])])
 def test_a_model_on_cuda_runs_triton_kernels_in_one_graph(
     kind: str, quantize: list[str], tmp_path: Path
 ) -> None:
