@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks import dispatch, kernels, layer
+from benchmarks import dispatch, kernel_table, kernels, layer
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
@@ -28,3 +28,22 @@ def test_kernels_are_timed_beside_the_roofs(kind: str, monkeypatch: pytest.Monke
 def test_dispatch_calls_the_operator_as_it_is() -> None:
     call = dispatch.measure()
     assert 0 < call.kernel < call.call
+
+
+def test_a_table_compares_the_contenders_of_each_cell() -> None:
+    times = {"moecc": 2.0, "ggml Q8_0": 3.0, "eager bf16": 9.0, "grouped_mm bf16": 7.0}
+    rows = [
+        {"kind": "int8", "tokens": 1, "contender": name, "milliseconds": took}
+        | {"floor_milliseconds": 1.0}
+        for name, took in times.items()
+    ]
+    rows.append(rows[0] | {"kind": "fp16", "tokens": 8})
+    record = {"machine": "a machine", "bandwidth": 30e9, "product_rate": 150e9, "results": rows}
+    assert kernel_table.write(record).splitlines() == [
+        "a machine; reads 30.0 GB/s, float32 products 150 GFLOP/s (medians over the cells).",
+        "",
+        "| | T=1 | T=8 |",
+        "|---|---:|---:|",
+        "| int8 | 2.0 ms, 50%, 1.50x, 3.50x | – |",
+        "| fp16 | – | 2.0 ms, 50%, –, – |",
+    ]

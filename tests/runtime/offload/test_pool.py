@@ -129,6 +129,14 @@ def foretell(watched: Watched, expert: int) -> Load:
     return watched.pool._loads[watched.pool.cache.slot((0, expert))]
 
 
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """Let ^C raise, also where a shell that runs the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_when(happened: Any) -> threading.Thread:
     """Press ^C in the main thread once something has happened."""
 
@@ -141,6 +149,7 @@ def interrupt_when(happened: Any) -> threading.Thread:
     return thread
 
 
+@pytest.mark.usefixtures("keyboard")
 def test_an_interrupt_while_waiting_loses_nothing(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +161,7 @@ def test_an_interrupt_while_waiting_loses_nothing(
     gate.open()
 
 
+@pytest.mark.usefixtures("keyboard")
 def test_an_interrupt_while_another_load_stops_loses_nothing(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
