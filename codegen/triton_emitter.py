@@ -43,10 +43,10 @@ def run_decode(launches: Launches, x: Inputs, out: torch.Tensor) -> None:
     first, second = launches.decode_gate_up, launches.decode_down
     grid = (_blocks(spec.intermediate, first.constants["BLOCK_N"]), tokens * active)
     tensors = (x.gate_up, x.up, x.gate_up_bias, x.learned, x.slots, inner)
-    first(grid, x.hidden, x.ids, *tensors, active)
+    first(grid, x.hidden, x.ids, *tensors, active, MATRIX=x.gate_up.stride(0))
     grid = (_blocks(spec.hidden, second.constants["BLOCK_N"]), tokens)
     tensors = (inner, x.ids, x.weights, x.down, x.down_bias, x.slots, out)
-    second(grid, *tensors, active, **_choices(active))
+    second(grid, *tensors, active, DOWN_MATRIX=x.down.stride(0), **_choices(active))
 
 
 def _choices(active: int) -> dict[str, int]:
@@ -88,10 +88,10 @@ def run_grouped(launches: Launches, x: Inputs, out: torch.Tensor, block_m: int) 
     terms = x.hidden.new_empty(assignments, spec.hidden, dtype=spec.dtype)
     grid = (num_tiles * _blocks(spec.intermediate, grouped.gate_up.constants["BLOCK_N"]),)
     tensors = (x.hidden, x.gate_up, x.up, x.gate_up_bias, x.learned, x.slots, order, tiles, inner)
-    grouped.gate_up(grid, *tensors, active, num_tiles)
+    grouped.gate_up(grid, *tensors, active, num_tiles, MATRIX=x.gate_up.stride(0))
     grid = (num_tiles * _blocks(spec.hidden, grouped.down.constants["BLOCK_N"]),)
     tensors = (inner, x.down, x.down_bias, x.slots, x.weights, order, tiles, terms)
-    grouped.down(grid, *tensors, num_tiles)
+    grouped.down(grid, *tensors, num_tiles, DOWN_MATRIX=x.down.stride(0))
     grid = (tokens, _blocks(spec.hidden, launches.reduce_terms.constants["BLOCK"]))
     tensors = (terms, x.ids, x.slots, out)
     launches.reduce_terms(grid, *tensors, active, **_choices(active))

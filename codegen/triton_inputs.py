@@ -52,7 +52,7 @@ def check_inputs(spec: KernelSpec, x: Inputs) -> None:
 
 
 def _check_matrices(spec: KernelSpec, x: Inputs) -> None:
-    """Check the experts' matrices; in slots there may be any number of them."""
+    """Check the experts' matrices; in slots there may be any number of them, wide apart."""
     if (x.up is not None) != spec.split:
         raise InputError(
             f"up is {'missing' if spec.split else 'given'}; "
@@ -68,9 +68,12 @@ def _check_matrices(spec: KernelSpec, x: Inputs) -> None:
     matrices = {"gate_up": (x.gate_up, first), "down": (x.down, second)}
     if x.up is not None:
         matrices["up"] = (x.up, first)
+        if x.up.stride(0) != x.gate_up.stride(0):
+            raise InputError(f"up has strides {x.up.stride()}, gate_up {x.gate_up.stride()}")
     for name, (tensor, matrix) in matrices.items():
         shape = (spec.experts if x.slots is None else len(tensor), *matrix)
-        if (tensor.shape, tensor.dtype) != (shape, dtype) or not tensor.is_contiguous():
+        plain = tensor.is_contiguous() if x.slots is None else tensor[:1].is_contiguous()
+        if (tensor.shape, tensor.dtype) != (shape, dtype) or not plain:
             raise InputError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}; "
                 f"{spec.key!r} needs a contiguous {dtype} {list(shape)}"

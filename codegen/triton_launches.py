@@ -175,6 +175,9 @@ def plan_launches(spec: KernelSpec) -> Launches:
     source = write_activation(spec.activation, gated=spec.gated)
     hidden, inner, products = spec.hidden, spec.intermediate, 2 if spec.gated else 1
     schemes = spec.schemes
+    packed = describe(schemes.first, inner, hidden) if schemes else None
+    down_packed = describe(schemes.second, hidden, inner) if schemes else None
+    rows = inner if spec.split else spec.rows
     baked: dict[str, Any] = {
         "HIDDEN": spec.hidden,
         "INTERMEDIATE": spec.intermediate,
@@ -184,8 +187,10 @@ def plan_launches(spec: KernelSpec) -> Launches:
         "SPLIT": spec.split,
         "TRANSPOSED": spec.transposed,
         "DOWN_TRANSPOSED": spec.down_transposed,
-        "PACKED": describe(schemes.first, inner, hidden) if schemes else None,
-        "DOWN_PACKED": describe(schemes.second, hidden, inner) if schemes else None,
+        "PACKED": packed,
+        "DOWN_PACKED": down_packed,
+        "MATRIX": packed.bytes if packed else rows * hidden,
+        "DOWN_MATRIX": down_packed.bytes if down_packed else hidden * inner,
         "CHOICES": CHOICES,
         "ACTIVATION": load_activation(source),
         "BLOCK_E": max(power_of_two(spec.experts), 32),

@@ -76,7 +76,7 @@ def load(
     errors then weigh as much as inputs are large.
 
     On a CUDA `device`, experts are in pinned host memory, and come into slots there, as many as
-    `expert_memory` allows. So far this takes `kernels="torch"`.
+    `expert_memory` allows.
 
     The model computes with moecc's kernels at once; compile it for the rest:
 
@@ -117,14 +117,9 @@ def load(
 
 
 def _check_device(options: Options) -> None:
-    """Raise `OptionError` for what no kernel of a device can do yet."""
+    """Raise `OptionError` for what cannot be done on a device yet."""
     if options.quantize is not None:
         raise OptionError("quantize is for experts on the CPU so far; leave it or device out")
-    if options.expert_memory is not None and options.kernels != "torch":
-        raise OptionError(
-            f"kernels={options.kernels!r} read no experts from slots on a device yet; "
-            "kernels='torch' does"
-        )
 
 
 def _on_device(

@@ -23,6 +23,7 @@ def decode_down(
     active,  # K
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
+    DOWN_MATRIX: tl.constexpr,  # elements from an expert's matrix to the next one's
     EXPERTS: tl.constexpr,
     DOWN_TRANSPOSED: tl.constexpr,
     DOWN_PACKED: tl.constexpr,  # see low_bit, or None
@@ -33,7 +34,6 @@ def decode_down(
     """Compute BLOCK_N columns of out for one token."""
     STRIDE_N: tl.constexpr = 1 if DOWN_TRANSPOSED else INTERMEDIATE
     STRIDE_K: tl.constexpr = HIDDEN if DOWN_TRANSPOSED else 1
-    MATRIX: tl.constexpr = HIDDEN * INTERMEDIATE if DOWN_PACKED is None else DOWN_PACKED.bytes
     LANES: tl.constexpr = BLOCK_K if DOWN_PACKED is None else BLOCK_K * DOWN_PACKED.bits // 32
 
     token = tl.program_id(1).to(tl.int64)
@@ -54,7 +54,7 @@ def decode_down(
         assignment = token * active + key % CHOICES
         slot, _ = locate(slots_ptr, expert, True)
         x_ptrs = inner_ptr + assignment * INTERMEDIATE + k
-        w_ptr = weight_ptr + slot.to(tl.int64) * MATRIX
+        w_ptr = weight_ptr + slot.to(tl.int64) * DOWN_MATRIX
         product = tl.zeros((BLOCK_N, LANES), dtype=tl.float32)
         for start in range(0, INTERMEDIATE, BLOCK_K):
             in_k = k < INTERMEDIATE - start

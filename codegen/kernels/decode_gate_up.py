@@ -25,6 +25,7 @@ def decode_gate_up(
     active,  # K
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
+    MATRIX: tl.constexpr,  # elements from an expert's matrix to the next one's
     EXPERTS: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -42,7 +43,6 @@ def decode_gate_up(
     STRIDE_K: tl.constexpr = ROWS if TRANSPOSED else 1
     HALVES: tl.constexpr = GATED and not INTERLEAVED  # see grouped_gate_up
     WIDTH: tl.constexpr = 2 if GATED and INTERLEAVED else 1
-    MATRIX: tl.constexpr = ROWS * HIDDEN if PACKED is None else PACKED.bytes
     LANES: tl.constexpr = BLOCK_K if PACKED is None else BLOCK_K * PACKED.bits // 32
 
     column = tl.program_id(0)

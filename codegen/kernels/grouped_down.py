@@ -24,6 +24,7 @@ def grouped_down(
     num_tiles,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
+    DOWN_MATRIX: tl.constexpr,  # elements from an expert's matrix to the next one's
     DOWN_TRANSPOSED: tl.constexpr,
     DOWN_PACKED: tl.constexpr,  # see low_bit, or None
     BLOCK_M: tl.constexpr,
@@ -34,7 +35,6 @@ def grouped_down(
     NUM_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     STRIDE_N: tl.constexpr = 1 if DOWN_TRANSPOSED else INTERMEDIATE
     STRIDE_K: tl.constexpr = HIDDEN if DOWN_TRANSPOSED else 1
-    MATRIX: tl.constexpr = HIDDEN * INTERMEDIATE if DOWN_PACKED is None else DOWN_PACKED.bytes
 
     program = tl.program_id(0)
     tile, column = tl.swizzle2d(program // NUM_N, program % NUM_N, num_tiles, NUM_N, 8)
@@ -49,7 +49,7 @@ def grouped_down(
     k = tl.arange(0, BLOCK_K)
     x_ptrs = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
     slot, _ = locate(slots_ptr, expert, True)
-    weight_ptr += slot * MATRIX
+    weight_ptr += slot * DOWN_MATRIX
     w_ptrs = weight_ptr + n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
     in_rows, in_n = position < end, n < HIDDEN
 

@@ -28,6 +28,7 @@ def grouped_gate_up(
     num_tiles,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
+    MATRIX: tl.constexpr,  # elements from an expert's matrix to the next one's
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -48,7 +49,6 @@ def grouped_gate_up(
     # halves are two products.
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     WIDTH: tl.constexpr = 2 if GATED and INTERLEAVED else 1
-    MATRIX: tl.constexpr = ROWS * HIDDEN if PACKED is None else PACKED.bytes
 
     # Eight row tiles by all columns at a time: neighbours find their weights in L2.
     program = tl.program_id(0)

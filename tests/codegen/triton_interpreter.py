@@ -112,7 +112,9 @@ class Memory:
     """The bytes that one launch may touch, and which program wrote them."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+        # Of experts in slots, what lies between their matrices is not the tensor's.
+        parts = [part for t in tensors for part in ([t] if t.is_contiguous() else t.unbind())]
+        spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in parts)
         self.starts = np.array([start for start, _ in spans], dtype=np.uint64)
         self.ends = np.array([end for _, end in spans], dtype=np.uint64)
         self.stores: list[np.ndarray] = []

@@ -5,6 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from moecc.codegen import reference
+from moecc.codegen.gpus import GPUS
 from moecc.codegen.native.emit import emit
-from moecc.codegen.spec import Kernel
+from moecc.codegen.spec import Kernel, KernelSpec
+from moecc.codegen.triton_costs import plans
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
@@ -33,12 +36,22 @@ CASES = [
 ]  # fmt: skip
 
 
+def emit_for_a_gpu(spec: KernelSpec) -> Kernel:
+    """Emit a Triton kernel that needs no GPU to choose its plan, and can be interpreted."""
+    triton_emitter = pytest.importorskip("moecc.codegen.triton_emitter")
+    spec = replace(spec, device="cuda")
+    return triton_emitter.emit(spec, plans(spec, GPUS["sm_90"], 2)[0])
+
+
+EMITTERS = {"native": emit, "torch": reference.emit, "triton": emit_for_a_gpu}
+
+
 class Block:
     """One block's experts in memory and on disk."""
 
     def __init__(self, folder: Path, emitter: str, dtype: torch.dtype, number: int = 0) -> None:
         spec = make_spec("gpt-oss", dtype, EXPERTS)
-        self.kernel: Kernel = {"native": emit, "torch": reference.emit}[emitter](spec)
+        self.kernel: Kernel = EMITTERS[emitter](spec)
         self.weights = make_experts(spec)
         first, second, *self.biases, _, _ = self.weights
         assert first is not None

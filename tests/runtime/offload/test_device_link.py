@@ -68,6 +68,27 @@ def test_late_copies_change_no_bit(pinned: bool, dtype: torch.dtype, tmp_path: P
         assert device.pinned == (1 if pinned else 1 + min(len(copies), 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_kernels_read_slots_that_copies_fill_late(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    interpreter = pytest.importorskip("tests.codegen.triton_interpreter")
+    block = Block(tmp_path, "triton", dtype)
+    for slots in (2, EXPERTS):
+        device = DryDevice(random.Random(slots))
+        store = held(block.store, device)
+        pool = Pool(store.layout, slots, POLICIES["lru"], DeviceLink(device))
+        bank = Bank(number=0, store=store, pool=pool)
+        for tokens in (1, 3, 1):
+            batch = block.batch(tokens)
+            with interpreter.interpreted():
+                expected = block.kernel.run(*batch, *block.weights)  # pyright: ignore
+                got = run(block, bank, device, batch)
+            assert torch.equal(got, expected)
+            foretell(bank)
+        device.check_order()
+
+
 @pytest.mark.parametrize("sooner", [True, False, None])
 def test_a_miss_is_computed_at_home_when_that_is_sooner(
     sooner: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
