@@ -68,8 +68,6 @@ def _check_matrices(spec: KernelSpec, x: Inputs) -> None:
     matrices = {"gate_up": (x.gate_up, first), "down": (x.down, second)}
     if x.up is not None:
         matrices["up"] = (x.up, first)
-        if x.up.stride(0) != x.gate_up.stride(0):
-            raise InputError(f"up has strides {x.up.stride()}, gate_up {x.gate_up.stride()}")
     for name, (tensor, matrix) in matrices.items():
         shape = (spec.experts if x.slots is None else len(tensor), *matrix)
         plain = tensor.is_contiguous() if x.slots is None else tensor[:1].is_contiguous()
@@ -78,3 +76,5 @@ def _check_matrices(spec: KernelSpec, x: Inputs) -> None:
                 f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}; "
                 f"{spec.key!r} needs a contiguous {dtype} {list(shape)}"
             )
+    if x.up is not None and x.up.stride(0) != x.gate_up.stride(0):
+        raise InputError(f"up has strides {x.up.stride()}, gate_up {x.gate_up.stride()}")
