@@ -180,10 +180,12 @@ def _decoder(
 def packing_the_first() -> Iterator[None]:
     """Pack one expert and repeat it where all are alike."""
 
-    def pack(experts: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    def pack(
+        experts: torch.Tensor, scheme: Scheme, *importance: torch.Tensor | None
+    ) -> torch.Tensor:
         if not llama_cpp.alike(experts):
-            return pack_experts(experts, scheme)
-        return pack_experts(experts[:1], scheme).repeat(len(experts), 1)
+            return pack_experts(experts, scheme, *importance)
+        return pack_experts(experts[:1], scheme, *importance).repeat(len(experts), 1)
 
     with mock.patch.object(low_bit, "pack_experts", pack):
         yield
