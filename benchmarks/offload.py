@@ -45,12 +45,12 @@ from moecc.generate import Timing, generate
 from moecc.lenders import banks_of
 from moecc.loading import demands_of
 from moecc.profiling import measure as measure_profile
-from moecc.runtime.offload.bank import MOST_TOKENS
 from moecc.runtime.offload.profile import LinkSpeed, Profile
 from moecc.runtime.offload.recording import Pooled, Recording
 from moecc.runtime.offload.replay import replay
 from moecc.runtime.offload.simulate import GOVERNED, simulate
 from moecc.runtime.offload.trace import Request
+from moecc.runtime.offload.trial import MOST_TOKENS
 
 REFERENCE = Path(__file__).parent / "reference"
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form."

@@ -24,11 +24,10 @@ from moecc.runtime.offload.replay import groups_of
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Request
+from moecc.runtime.offload.trial import MOST_TOKENS
 from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Schemes
 
-MOST_TOKENS = 8
-"""Tokens of a call for which guesses are made: decoding, or checking a few drafted tokens."""
 WIDEN = 2
 """Guesses are ranked this many times as far as top-k, for those that just missed it."""
 
@@ -61,7 +60,7 @@ class Bank:
         """
         wanted = self._experts(ids)
         if self.number == 0:
-            self.guesses.trial.step() if len(hidden) <= MOST_TOKENS else self.guesses.trial.pause()
+            self.guesses.trial.begin(len(hidden))
         wide = torch.promote_types(self.store.layout.parts[0].dtype, torch.float32)
         onto = hidden.new_zeros(hidden.shape, dtype=wide)
         with self.pool.lock:

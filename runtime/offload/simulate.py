@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Literal
 
-from moecc.runtime.offload.bank import MOST_TOKENS
 from moecc.runtime.offload.cache import Admission, Cache
 from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.load import DEMAND
@@ -25,7 +24,7 @@ from moecc.runtime.offload.recording import Recording, block_of
 from moecc.runtime.offload.replay import first_keys, foretold, let_in, new_policy, serve
 from moecc.runtime.offload.simulated_link import SimulatedLink, Transfer
 from moecc.runtime.offload.trace import Guess, Ranking, Request
-from moecc.runtime.offload.trial import Trial
+from moecc.runtime.offload.trial import MOST_TOKENS, Trial
 
 GOVERNED = "governed"
 """Predictions that the run made, let in as a governor decides with the profile's speeds."""
@@ -201,7 +200,7 @@ class _Run:
         """Compute a block, as `Bank.run` does."""
         pool, demand = self._pool(request.block), self.recording.blocks[request.block]
         if request.block == 0:
-            self.trial.step() if request.tokens <= MOST_TOKENS else self.trial.pause()
+            self.trial.begin(request.tokens)
         keys = [(request.block, expert) for expert in request.experts]
         missing = [key for key in keys if key not in pool.cache]
         self.guesses[request.block].check(request.experts, missing)

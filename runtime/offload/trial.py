@@ -15,6 +15,8 @@ TRY = 16
 """Steps of a short turn. The first of any turn is not counted: the turn before filled the cache."""
 LEAST, MOST = 64, 512
 """Steps of a long one."""
+MOST_TOKENS = 8
+"""Tokens of a call for which guesses are made: decoding, or checking a few drafted tokens."""
 
 
 @dataclass(slots=True)
@@ -33,18 +35,17 @@ class Trial:
     _began: float | None = None
     _taken: list[float] = field(default_factory=list[float])
 
-    def step(self) -> None:
-        """Begin a decoding step: the first block of the model says so."""
+    def begin(self, tokens: int) -> None:
+        """Begin a pass through the model; one of more than `MOST_TOKENS` is no decoding step."""
+        if tokens > MOST_TOKENS:
+            self._began = None
+            return
         now = self.clock()
         if self._began is not None:
             self._taken.append(now - self._began)
         self._began = now
         if len(self._taken) == self._left:
             self._end_turn()
-
-    def pause(self) -> None:
-        """Count nothing until the next step begins: something else goes on."""
-        self._began = None
 
     def _end_turn(self) -> None:
         mean = statistics.fmean(sorted(self._taken[1:])[:-1])  # the longest may be something else

@@ -17,7 +17,7 @@ class World:
     def steps(self, count: int, *, guessing: float, not_guessing: float) -> float:
         began = self.now
         for _ in range(count):
-            self.trial.step()
+            self.trial.begin(1)
             self.now += guessing if self.trial.on else not_guessing
         return self.now - began
 
@@ -42,7 +42,7 @@ def test_a_world_that_changes_is_noticed() -> None:
 def test_what_goes_on_between_two_texts_is_not_counted() -> None:
     world = World()
     for _ in range(30):
-        world.trial.pause()
+        world.trial.begin(500)
         world.now += 100.0 if world.trial.on else 0.0  # reading a prompt
         world.steps(10, guessing=1.0, not_guessing=2.0)
     assert world.trial.seconds == {True: 1.0, False: 2.0}
