@@ -5,14 +5,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from moecc.checkpoint.folders import find_folder
-from moecc.demo import check_length, counting, live_line
+from moecc.demo import counting, live_line
 from moecc.generate import Timing, compiled, generate
-from moecc.loading import load
-from moecc.models import load_tokenizer
+from moecc.prompted import load_prompted
 from moecc.render import print_experts
 from moecc.reporting import Report, report
 
@@ -48,19 +45,11 @@ def run(
 ) -> OffloadDemo:
     """Load with `moecc.load`, compile, and generate with a live line on stderr.
 
-    Raises what `moecc.load` does, and `ModelError` for a model without a tokenizer or with too
-    short a context.
+    Raises what `load_prompted` does.
     """
     with live_line(f"loading {name}", quiet) as tell:
-        folder = find_folder(name)
-
-        def packing(done: int, total: int) -> None:
-            tell(f"packing experts: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
-
-        tokenizer = load_tokenizer(str(folder))
-        model = load(folder, dtype=dtype, progress=packing, **options)
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-        check_length(name, model, ids.shape[1] + new_tokens)
+        loaded = load_prompted(name, prompt, new_tokens, dtype, options, tell)
+        model, ids = loaded.model, loaded.ids
         with compiled(model, options):
             generate(model, ids, new_tokens, counting(tell, new_tokens, "compiling"))
             watch = partial(counting, tell, new_tokens)
@@ -70,7 +59,7 @@ def run(
             )
     return OffloadDemo(
         prompt=prompt,
-        text=tokenizer.decode(timings[-1].tokens),
+        text=loaded.tokenizer.decode(timings[-1].tokens),
         timings=timings,
         report=report(model),
     )

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.checkpoint.folders import find_folder
-from moecc.demo import check_length, counting, live_line
+from moecc.demo import counting, live_line
 from moecc.footprint import other_bytes
 from moecc.generate import compiled, generate
 from moecc.lenders import banks_of, bound_to
-from moecc.loading import load
-from moecc.models import load_tokenizer
+from moecc.prompted import load_prompted
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import Load
@@ -40,20 +38,16 @@ _SECONDS = 0.1
 def run(name: str, prompt: str, new_tokens: int, output: Path, dtype: str, quiet: bool) -> Profile:
     """Load with slots for all experts, measure, and write a profile.
 
-    Raises what `moecc.load` does, and `ModelError` for a model without a tokenizer or with too
-    short a context.
+    Raises what `load_prompted` does.
     """
     options: dict[str, Any] = {"expert_memory": "100%"}
     with live_line(f"loading {name}", quiet) as tell:
-        folder = find_folder(name)
-        tokenizer = load_tokenizer(str(folder))
-        model = load(folder, dtype=dtype, **options)
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-        check_length(name, model, ids.shape[1] + new_tokens)
+        loaded = load_prompted(name, prompt, new_tokens, dtype, options, tell)
+        model, ids = loaded.model, loaded.ids
         with compiled(model, options):
             generate(model, ids, 4, counting(tell, 4, "compiling"))
             tell("measuring")
-            made = measure(model, ids, new_tokens, f"here, with {folder.name}")
+            made = measure(model, ids, new_tokens, f"here, with {loaded.folder.name}")
     write(made, output)
     return made
 

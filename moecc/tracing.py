@@ -6,17 +6,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
-from moecc.checkpoint.folders import find_folder
-from moecc.demo import check_length, counting, live_line
+from moecc.demo import counting, live_line
 from moecc.footprint import other_bytes
 from moecc.generate import compiled, generate
 from moecc.lenders import banks_of
-from moecc.loading import demands_of, load
-from moecc.models import load_tokenizer
+from moecc.loading import demands_of
+from moecc.prompted import load_prompted
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.recording import Pooled, Recording, write
 from moecc.runtime.offload.trace import Counts, Event
@@ -36,15 +34,11 @@ def run(
 ) -> Recording:
     """Load with `moecc.load`, generate once, compiled, and write every event from the first.
 
-    Raises what `moecc.load` does, and `ModelError` for a model without a tokenizer or with too
-    short a context.
+    Raises what `load_prompted` does.
     """
     with live_line(f"loading {name}", quiet) as tell:
-        folder = find_folder(name)
-        tokenizer = load_tokenizer(str(folder))
-        model = load(folder, dtype=dtype, **options)
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-        check_length(name, model, ids.shape[1] + new_tokens)
+        loaded = load_prompted(name, prompt, new_tokens, dtype, options, tell)
+        model, ids = loaded.model, loaded.ids
         with compiled(model, options):
             generate(model, ids, _FEW, counting(tell, _FEW, "compiling"))
             with recorded(model, name, options) as recording:

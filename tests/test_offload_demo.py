@@ -10,6 +10,7 @@ import moecc
 from moecc import offload_demo, packing
 from moecc.cli import app
 from moecc.generate import generate
+from moecc.models import load_tokenizer
 
 REFERENCE = Path(__file__).parent.parent / "benchmarks" / "reference"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -24,7 +25,7 @@ def test_the_text_is_that_of_the_whole_model_and_the_report_tells_why() -> None:
     options = {"expert_memory": "25%", "inner": "eager"}
     shown = offload_demo.run(str(REFERENCE), PROMPT, 12, 1, options, "float32", quiet=True)
     whole = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
-    tokenizer = offload_demo.load_tokenizer(str(REFERENCE))
+    tokenizer = load_tokenizer(str(REFERENCE))
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     assert shown.timings[-1].tokens == generate(whole, ids, 12).tokens
     experts = shown.report.experts
