@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from moecc.checkpoint import writing
 from moecc.records import all_records
 from moecc.runtime.errors import InputError, ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.plan import Demand
+from moecc.runtime.offload.recording import Pooled, Recording, write
 from moecc.runtime.offload.stand_in import lender_of
+from moecc.runtime.offload.trace import Request
 from moecc.tiny import tiny_model
 from tests.loops import PutTogether, RouterApart, StackedSlices, WhereLoop
 from tests.passes.dispatched import Stacked
@@ -179,6 +183,36 @@ def test_what_cannot_be_moved_stays_and_says_why(
     moecc.offload(model, store=tmp_path, expert_memory="50%")
     with pytest.raises(ModelError, match="on disk already"):
         moecc.offload(model, store=tmp_path, expert_memory="50%")
+
+
+def test_a_trace_shares_the_memory_and_is_checked_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    blocks = [
+        Demand(name=bank.store.name, experts=bank.store.experts, active=2, size=64)
+        for bank in banks(moecc.offload(make(GptFast), tokens(3), store=tmp_path / "a"))
+    ]
+    often = [Request(block=1, tokens=1, experts=(n % 4,), hits=0) for n in range(40)]
+    one = Pooled(slots=4, asked=0, hits=0, predicted=0)
+    run = Recording(
+        model="gpt", policy="lru", blocks=tuple(blocks), pool_of=(0, 1), pools=(one, one),
+        other_bytes=0, decode_rate=1.0, events=tuple(often),
+    )  # fmt: skip
+    write(run, tmp_path / "own.jsonl")
+    write(
+        replace(run, blocks=(blocks[0], replace(blocks[1], experts=64))), tmp_path / "other.jsonl"
+    )
+
+    def slots(trace: str) -> list[int]:
+        options = {"expert_memory": "50%", "trace": tmp_path / trace}
+        model = moecc.offload(make(GptFast), tokens(3), store=tmp_path / "b", **options)
+        return [bank.pool.slots for bank in banks(model)]
+
+    with pytest.raises(OptionError, match=r"other.jsonl' is of 'gpt'.*record one of its own"):
+        slots("other.jsonl")
+    assert not (tmp_path / "b").exists()
+    first, second = slots("own.jsonl")
+    assert first < second
 
 
 class ReadsThem(GptFast):
