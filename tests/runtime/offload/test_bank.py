@@ -28,8 +28,7 @@ from moecc.runtime.offload.record import Layout
 from moecc.runtime.offload.store import Files, Read, Store
 from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 from tests.codegen.native_cases import make_batch, make_experts, make_spec
-from tests.runtime.offload.stores import fail_reads, in_a_thread
-from tests.runtime.offload.test_link import in_child
+from tests.runtime.offload.stores import Gate, fail_reads, in_a_thread, in_child
 
 EXPERTS = 6
 CASES = [
@@ -145,6 +144,29 @@ def test_every_number_of_slots_gives_the_bits_of_all(
         assert not bank.pool.cache._pins
         counts = bank.pool.trace.counts
         assert (counts.requests, counts.experts >= counts.hits) == (6, True)
+
+
+def test_what_is_there_computes_while_the_rest_arrives(
+    tmp_path: Path, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block(tmp_path, "native", torch.float32)
+    bank = block.bank(Pool(block.store.layout, 3, POLICIES["lru"], link))
+    hidden, _, scores = block.batch(1)
+    bank.run(block.kernel.add, hidden, torch.tensor([[0, 1]]), scores, *block.biases)  # pyright: ignore
+    gate = Gate(monkeypatch)
+    added: list[list[int]] = []
+
+    def add(onto: torch.Tensor, slots: torch.Tensor, *inputs: Any) -> None:
+        added.append([expert for expert in (0, 4) if slots[expert] >= 0])
+        if not added[1:]:
+            gate.open()  # what is missing has to wait until something was computed
+        assert block.kernel.add is not None
+        block.kernel.add(onto, slots, *inputs)
+
+    ids = torch.tensor([[4, 0]])
+    got = bank.run(add, hidden, ids, scores, *block.biases)
+    assert added == [[0], [4]]
+    assert torch.equal(got, block.kernel.run(hidden, ids, scores, *block.weights))  # pyright: ignore
 
 
 @pytest.mark.parametrize("policy", POLICIES)
