@@ -9,6 +9,7 @@ shipped one with its experts made larger (`benchmarks/widened.py`), so that rout
 trained model. Contenders take turns, and medians of all rounds are told.
 
     accelerate    device_map, layers read whole from disk, given the bytes that moecc has in all
+    llama.cpp     the same weights in a mapped file, with as many bytes for weights, in a cgroup
     no cache      an expert is read whenever a token needs it (expert-aware, nothing kept)
     lru, lfu      on demand, into slots
     + prefetch    the next layer's experts predicted with its router, read if that pays
@@ -35,7 +36,7 @@ import torch
 from transformers import AutoTokenizer
 
 import moecc
-from benchmarks import timeline
+from benchmarks import llama_mmap, timeline
 from benchmarks.offload_contenders import CONTENDERS, Contender, new_contender, run_accelerate
 from benchmarks.offload_plots import plot
 from benchmarks.timing import machine, table
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="some of them")
     parser.add_argument("--accelerate", action="store_true", help="time accelerate, too: slow")
+    parser.add_argument("--llama", action="store_true", help="time llama.cpp, too: as root")
     parser.add_argument("--inner", default="inductor", help="compiles what is not MoE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
@@ -145,9 +147,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[Profile, list[
             _row(one, memory, replace(recording, events=tuple(one.events)), profile, resident[0])
             for one in contenders
         ]
+        budget = others + slots * sum(one.size for one in demands)
+        if arguments.llama:
+            found[:0] = _llama(folder, memory, budget, ids, arguments, resident[0])
         if arguments.accelerate:
             few = min(8, arguments.new_tokens)
-            budget = others + slots * sum(one.size for one in demands)
             timing = run_accelerate(folder, budget, ids, few)
             same = timing.tokens == resident[0].tokens[:few]
             rate = timing.decode_rate
@@ -204,6 +208,37 @@ def _row(
         simulated=simulated,
         same_tokens=all(one.tokens == resident.tokens for one in contender.timings),
     )
+
+
+def _llama(
+    folder: Path,
+    memory: str,
+    budget: int,
+    ids: torch.Tensor,
+    arguments: argparse.Namespace,
+    resident: Timing,
+) -> list[Row]:
+    """Time llama.cpp with so many bytes for all weights, or say why not."""
+    try:
+        made = llama_mmap.run(
+            folder, budget, ids[0].tolist(), arguments.new_tokens, arguments.rounds
+        )
+    except RuntimeError as error:
+        print(f"llama.cpp is left out: {error}")
+        return []
+    print(
+        f"llama.cpp: {budget / 1e6:.0f} MB for weights, {made.own / 1e6:.0f} MB of its own, "
+        f"{made.peak / 1e6:.0f} MB at most"
+    )
+    row = Row(
+        contender="llama.cpp",
+        memory=memory,
+        tokens_per_second=made.rate,
+        spread=(min(made.rates), max(made.rates)),
+        megabytes_per_token=made.read / 1e6,
+        same_tokens=made.tokens == tuple(resident.tokens),
+    )
+    return [row]
 
 
 def _bounds(

@@ -25,7 +25,7 @@ def choose(
     Returns the kernel and the reasons of the emitters that declined, which belong in the report:
     weights then keep their dtype, and the torch definition is the last resort.
     """
-    wanted = PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
+    wanted = _preferred(spec, emitter)
     declined: list[str] = []
     if schemes is not None:
         try:
@@ -59,11 +59,10 @@ def adder_of(spec: KernelSpec, emitter: str, schemes: Schemes | None) -> AddExpe
 
     Raises `UnsupportedSpec` when no emitter of the device has one.
     """
-    wanted = PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
     if schemes is None:
         kernel, declined = choose(spec, emitter)
     else:
-        kernel, declined = _packed_kernel(spec, schemes, wanted)
+        kernel, declined = choose_packed(spec, schemes, emitter)
     if kernel.add is None:
         why = "; ".join(declined) or f"{kernel.emitter} kernels read no experts from slots"
         raise UnsupportedSpec(f"experts of {spec.key} cannot be left out of memory: {why}")
@@ -72,11 +71,13 @@ def adder_of(spec: KernelSpec, emitter: str, schemes: Schemes | None) -> AddExpe
     return partial(_add_with_ordered_bias, kernel.add, spec)
 
 
-def _packed_kernel(
+def choose_packed(
     spec: KernelSpec, schemes: Schemes, emitter: str
 ) -> tuple[Kernel, tuple[str, ...]]:
+    """Emit the kernel of weights that are packed already, as `choose` does; torch reads all."""
+    wanted = _preferred(spec, emitter)
     try:
-        return low_bit.packed_kernel(spec, schemes, emitter), ()
+        return low_bit.packed_kernel(spec, schemes, wanted), ()
     except (UnsupportedSpec, BuildError) as error:
         return low_bit.packed_kernel(spec, schemes, "torch"), (str(error),)
 
@@ -86,6 +87,10 @@ def _add_with_ordered_bias(
 ) -> None:
     *before, bias, down_bias, up = arguments
     add(*before, low_bit.packed_bias(spec, bias), down_bias, up)
+
+
+def _preferred(spec: KernelSpec, emitter: str) -> str:
+    return PREFERRED.get(spec.device, "torch") if emitter == "auto" else emitter
 
 
 def _emitter(name: str) -> Callable[[KernelSpec], Kernel]:

@@ -14,13 +14,14 @@ from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
 from moecc import capture, dump, log
+from moecc.lenders import check_schemes
 from moecc.passes.ir import Program
 from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, run
 from moecc.records import Record
 from moecc.runtime.errors import InputError, StrictError
 from moecc.runtime.offload.bank import is_lent
-from moecc.runtime.offload.stand_in import is_stand_in
+from moecc.runtime.offload.stand_in import is_stand_in, lender_of
 
 _passes = logging.getLogger("moecc.passes")
 _kernels = logging.getLogger("moecc.kernels")
@@ -46,6 +47,7 @@ def moecc(
     trains = wants_grad or _switches_gradients_on(gm)
     program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs))
     result = run(program, chosen, keep_text=dump.wants_text())
+    _refuse_other_schemes(result.program, example_inputs, chosen)
     dump.write(result.steps, result.program.lowerings)
     _log(result)
     notes = capture.take_notes()
@@ -61,6 +63,18 @@ def _lent(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
     """Name the inputs that stand in for experts on disk."""
     inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
     return frozenset(node.name for node, value in inputs if is_lent(value))
+
+
+def _refuse_other_schemes(
+    program: Program, example_inputs: Sequence[Any], options: Options
+) -> None:
+    """Raise `OptionError` where a graph, perhaps of a function, asks lent experts for schemes."""
+    names = [node.name for node in program.gm.graph.find_nodes(op="placeholder")]
+    values = dict(zip(names, example_inputs, strict=False))
+    for block in program.blocks:
+        lender = lender_of(values[block.gate_up]) if block.gate_up in values else None
+        if lender is not None:
+            check_schemes(block.path, block.schemes, lender, options)
 
 
 _READERS = (

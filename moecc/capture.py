@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moecc import budgets, module_experts, one_hots, transformers_experts
-from moecc.lenders import check_schemes
+from moecc.lenders import check_settled
 from moecc.passes.ir import Miss
 from moecc.passes.options import Options
 
@@ -47,9 +47,9 @@ def install(backend: Callable[..., Any]) -> None:
 def adopt(model: torch.nn.Module, options: Options) -> None:
     """Let the experts of a model use our kernels, outside Dynamo too.
 
-    Raises `OptionError` when experts that are lent have other schemes than the options ask for.
+    Raises `OptionError` when experts were lent with other options.
     """
-    check_schemes(model, options)
+    check_settled(model, options)
     options = budgets.resolve(model, options)
     transformers_experts.install(traced_by_us, note)  # transformers may be younger than `install`
     transformers_experts.adopt(model, options)
@@ -111,7 +111,7 @@ def _hook_compile(context: Any) -> None:
             transformers_experts.install(traced_by_us, note)
             model = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
             if isinstance(model, torch.nn.Module):
-                check_schemes(model, options)
+                check_settled(model, options)
                 _settle_budget(self.callback, model, options)
                 adopt(model, options)
         inside.add(id(self))

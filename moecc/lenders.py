@@ -1,5 +1,6 @@
 """Find what lends a model its experts, and tell where they live and how the cache did."""
 
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,9 @@ from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, bind, lender_of
 from moecc.runtime.offload.trace import Counts
+from moecc.runtime.schemes.scheme import Schemes
+
+_DEFAULTS = Options()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +26,11 @@ class ExpertsReport:
     """Experts that are not the model's own tensors."""
 
     blocks: tuple[dict[str, Any], ...]
-    """path, home (`memory` or `disk`), schemes, experts, slots, slot_bytes, requests, asked, hits,
-    misses, late, predicted, useful, wait_seconds, late_seconds; and of guesses, None before the
-    first: recall (of the experts asked for, those among the first k guessed), wide_recall (among
-    all that were guessed), whole (requests whose experts were all among the first k)"""
+    """path, home (`memory`, `disk`, or `host`, beside a device), schemes, experts, slots,
+    slot_bytes, requests, asked, hits, misses, late, predicted, useful, wait_seconds, late_seconds;
+    and of guesses, None before the first: recall (of the experts asked for, those among the first k
+    guessed), wide_recall (among all that were guessed), whole (requests whose experts were all
+    among the first k)"""
     memory_bytes: int
     """Of all slots."""
     total_bytes: int
@@ -85,18 +90,48 @@ def bound_to(model: nn.Module, wrap: Callable[[Bank], Lender]) -> Generator[None
             bind(parameter, bank)
 
 
-def check_schemes(model: nn.Module, options: Options) -> None:
-    """Raise `OptionError` when a model is compiled for schemes that lent experts do not have."""
-    if options.quantize is None:
-        return
-    for path, lender in lenders_of(model):
-        wanted = None if options.budget else options.schemes(path)
-        if options.budget or wanted not in (None, lender.schemes):
-            has = lender.schemes or "the model's own dtype"
+_SETTLED = ("expert_memory", "policy", "trace", "misses")
+"""Options that are decided when experts are lent."""
+_lent_with: "weakref.WeakKeyDictionary[nn.Module, Options]" = weakref.WeakKeyDictionary()
+
+
+def settle(model: nn.Module, options: Options) -> None:
+    """Remember with which options a model's experts were lent."""
+    _lent_with.update(dict.fromkeys(model.modules(), options))  # each may be compiled by itself
+
+
+def check_settled(model: nn.Module, options: Options) -> None:
+    """Raise `OptionError` when a model is compiled for what its lent experts are not."""
+    lenders = lenders_of(model)
+    lent_with = _lent_with.get(model, options)
+    for name in _SETTLED if lenders else ():
+        wanted, has = getattr(options, name), getattr(lent_with, name)
+        if wanted not in (getattr(_DEFAULTS, name), has):
             raise OptionError(
-                f"quantize={options.quantize!r}, but the experts of {path!r} were loaded in {has}; "
-                "leave it out, or load the model with it"
+                f"{name}={wanted!r}, but the model was loaded with {has!r}, which compiling does "
+                "not change; leave it out, or load the model with it"
             )
+    for path, lender in lenders if options.quantize is not None else ():
+        if options.budget:
+            raise _loaded_otherwise(path, lender, options)
+        check_schemes(path, options.schemes(path), lender, options)
+
+
+def check_schemes(path: str, wanted: Schemes | None, lender: Lender, options: Options) -> None:
+    """Raise `OptionError` when a block is compiled for schemes that its lent experts do not have.
+
+    No schemes are what `quantize` says of blocks that it does not name.
+    """
+    if wanted not in (None, lender.schemes):
+        raise _loaded_otherwise(path, lender, options)
+
+
+def _loaded_otherwise(path: str, lender: Lender, options: Options) -> OptionError:
+    has = lender.schemes or "the model's own dtype"
+    return OptionError(
+        f"quantize={options.quantize!r}, but the experts of {path!r} were loaded in {has}; "
+        "leave it out, or load the model with it"
+    )
 
 
 def report_experts(model: nn.Module) -> ExpertsReport | None:
@@ -125,13 +160,12 @@ def _block(path: str, lender: Lender) -> dict[str, Any]:
     if isinstance(lender, Bank):
         counts = lender.pool.trace.counts
         slots, experts, size = lender.pool.slots, lender.store.experts, lender.store.layout.size
+        home = "disk" if lender.store.records is None else "host"
         counted = asdict(counts)
         asked = counted.pop("experts")
         numbers = counted | {"asked": asked, "misses": counts.misses} | _accuracy(lender.guesses)
         return (
-            plain
-            | {"home": "disk", "experts": experts, "slots": slots, "slot_bytes": size}
-            | numbers
+            plain | {"home": home, "experts": experts, "slots": slots, "slot_bytes": size} | numbers
         )
     assert isinstance(lender, Resident)
     experts = len(lender.slots)

@@ -23,18 +23,15 @@ from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
 from moecc.checkpoint.weights import Weights, find_weights
 from moecc.checkpoint.without_experts import Absent, load_model
-from moecc.codegen.emit import adder_of
 from moecc.codegen.native.build import cache_folder
-from moecc.passes.activation import UnreadableActivation
+from moecc.lenders import settle
+from moecc.on_device import bring_to_device
 from moecc.passes.options import Options
 from moecc.placement import place_experts
 from moecc.records import note
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
-from moecc.runtime.offload.device import new_device
-from moecc.runtime.offload.device_link import DeviceLink, hold_in_memory
 from moecc.runtime.offload.guesses import Guesses
-from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand
 from moecc.runtime.offload.policy import POLICIES, Policy
@@ -44,9 +41,7 @@ from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, put_in
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trial import Trial
-from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Schemes
-from moecc.transformers_experts import experts_spec
 
 _log = logging.getLogger("moecc.load")
 
@@ -75,8 +70,8 @@ def load(
     prompts, texts or token ids [T], that the unquantized model is run on first, expert by expert:
     errors then weigh as much as inputs are large.
 
-    On a CUDA `device`, experts are in pinned host memory, and come into slots there, as many as
-    `expert_memory` allows.
+    On a CUDA `device` with `expert_memory`, experts are in pinned host memory, and come into slots
+    there; with `quantize` alone, they are all there.
 
     The model computes with moecc's kernels at once; compile it for the rest:
 
@@ -89,8 +84,6 @@ def load(
     when there is no such model, `StoreError` when its files are damaged.
     """
     chosen = Options.parse(options)
-    if torch.device(device).type != "cpu":
-        _check_device(chosen)
     folder = find_folder(str(name))
     weights = find_weights(folder)  # names what is damaged, before transformers stumbles over it
     if is_packed(folder):
@@ -104,7 +97,8 @@ def load(
             seen = measure(folder, calibrate, dtype)
         model, absent, lenders = _load_checkpoint(folder, weights, dtype, chosen, progress, seen)
     model.to(device)
-    lenders = _on_device(absent, lenders, torch.device(device), chosen)
+    at = torch.device(device)
+    lenders = bring_to_device(model, absent, lenders, at, chosen, _policy(chosen))
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender, device)
     from moecc import backend, capture
@@ -112,44 +106,9 @@ def load(
     assert backend.moecc  # importing it installs the hooks
     if chosen.budget is not None:
         chosen = replace(chosen, quantize=None)  # lenders know the schemes that it became
+    settle(model, chosen)
     capture.adopt(model, chosen)
     return model.eval()
-
-
-def _check_device(options: Options) -> None:
-    """Raise `OptionError` for what cannot be done on a device yet."""
-    if options.quantize is not None:
-        raise OptionError("quantize is for experts on the CPU so far; leave it or device out")
-
-
-def _on_device(
-    absent: Sequence[Absent], lenders: Sequence[Lender], device: torch.device, options: Options
-) -> Sequence[Lender]:
-    """Keep the experts of banks in host memory, and their slots on the device."""
-    other = new_device(device)
-    if other is None and options.misses == "home":
-        raise OptionError("misses='home' is for models on a device; on the CPU leave it out")
-    if other is None:
-        return lenders
-    link, policy = DeviceLink(other), _policy(options)
-    return [
-        replace(
-            bank,
-            store=hold_in_memory(bank.store, bank.pool.link, other),
-            pool=Pool(bank.store.layout, bank.pool.slots, policy, link),
-            home=Home(add=_host_kernel(one)) if options.misses == "home" else None,
-        )
-        for one, bank in zip(absent, lenders, strict=True)
-        if isinstance(bank, Bank) and isinstance(bank.pool.link, Link)
-    ]
-
-
-def _host_kernel(absent: Absent) -> AddExpertsFn:
-    """Choose the kernel of a block for host memory, whatever computes it on the device."""
-    try:
-        return adder_of(experts_spec(absent.module, *absent.tensors), "auto", None)
-    except UnreadableActivation as error:
-        raise OptionError(f"misses='home' cannot compute {absent.path!r}: {error}") from error
 
 
 def _policy(options: Options) -> Policy:

@@ -79,6 +79,10 @@ def replay(
             "the run); perfect (a bound); with a profile governed, as the engine decides."
         ),
     ] = "none,recorded,perfect",
+    pool: Annotated[
+        str,
+        typer.Option(help="own (the run's); shared: blocks take each other's slots."),
+    ] = "own",
     by_benefit: Annotated[
         bool, typer.Option(help="Share budgets as the trace says that they help most.")
     ] = False,
@@ -102,6 +106,7 @@ def replay(
         predict.split(","),
         profiles.read(profile) if profile else None,
         by_benefit,
+        pool.split(","),
     )
     if as_json:
         typer.echo(json.dumps(shown.to_dict(), indent=2))

@@ -17,13 +17,15 @@ from moecc.checkpoint.packed import PackedBlock, open_store
 from moecc.checkpoint.recipes import lay_out, layout_of
 from moecc.checkpoint.writing import write_records, write_whole
 from moecc.find_experts import Experts, find_experts, run_blocks
+from moecc.lenders import settle
 from moecc.loading import make_banks
 from moecc.module_recipes import MARK
 from moecc.passes.options import Options
+from moecc.placement import place_experts
 from moecc.runtime.errors import InputError, ModelError, StoreError
 from moecc.runtime.modules import parameters_of
 from moecc.runtime.offload.bank import Bank
-from moecc.runtime.offload.plan import Demand, share_slots
+from moecc.runtime.offload.plan import Demand
 from moecc.runtime.offload.stand_in import is_stand_in, refuse_to_save, stand_in
 from moecc.runtime.offload.trace import Counts
 from moecc.transformers_experts import adopted
@@ -76,6 +78,7 @@ def offload(
     stores = [open_store(folder, block) for block in blocks]
     schemes, active = [one.schemes for one in blocks], [one.active for one in experts]
     banks = make_banks(model, stores, schemes, chosen, active)
+    settle(model, chosen)
     with _bound(model, experts, banks):
         capture.adopt(model, chosen)
         run_blocks(model, inputs, chosen.kernels)  # whoever reads a stand-in raises here, not later
@@ -106,7 +109,8 @@ def _check_budget(
         Demand(name=block.path, experts=block.experts, active=one.active, size=block.layout.size)
         for block, one in zip(blocks, experts, strict=True)
     ]
-    share_slots(demands, 1.0 if options.expert_memory is None else options.expert_memory)
+    memory = 1.0 if options.expert_memory is None else options.expert_memory
+    place_experts(demands, memory, options.trace)
 
 
 def _show(progress: Progress | None, before: int, total: int, count: int) -> None:

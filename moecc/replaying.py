@@ -17,7 +17,9 @@ from moecc.runtime.offload.replay import PREDICTIONS, REPLAYED, replay
 from moecc.runtime.offload.simulate import GOVERNED, Simulated, simulate
 
 OWN = "own"
-"""What `--memory` calls the slots of the run itself."""
+"""What `--memory` calls the slots of the run itself, and `--pool` its pools."""
+SHARED = "shared"
+"""Pools of all blocks whose experts are of one size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class Row:
     """One setting and what would have come of it."""
 
     memory: str
+    pool: str
     policy: str
     predictions: str
     slots: tuple[int, ...]
@@ -93,6 +96,7 @@ def run(
     predictions: Sequence[str],
     profile: Profile | None = None,
     by_benefit: bool = False,
+    pools: Sequence[str] = (OWN,),
 ) -> Replayed:
     """Replay every combination, and the run's own setting.
 
@@ -100,19 +104,18 @@ def run(
     """
     _check("--policy", policies, REPLAYED)
     _check("--predict", predictions, PREDICTIONS if profile is None else (*PREDICTIONS, GOVERNED))
-    own = [pool.slots for pool in recording.pools]
-    rows: list[Row] = []
-    for memory in memories:
-        slots = own if memory == OWN else _slots(recording, memory, by_benefit)
-        rows += [
-            _row(recording, memory, slots, policy, one, profile)
-            for policy in policies
-            for one in predictions
-        ]
+    _check("--pool", pools, (OWN, SHARED))
+    rows = [
+        _row(recording, memory, by_benefit, pool, policy, one, profile)
+        for memory in memories
+        for pool in pools
+        for policy in policies
+        for one in predictions
+    ]
     return Replayed(
         recording=recording,
         profile=profile and profile.name,
-        own=_row(recording, OWN, own, recording.policy, "recorded", profile),
+        own=_row(recording, OWN, False, OWN, recording.policy, "recorded", profile),
         rows=tuple(rows),
     )
 
@@ -120,12 +123,16 @@ def run(
 def _row(
     recording: Recording,
     memory: str,
-    slots: Sequence[int],
+    by_benefit: bool,
+    pool: str,
     policy: str,
     predictions: str,
     profile: Profile | None,
 ) -> Row:
     """Simulate if there is a profile: it counts what a replay counts."""
+    if pool == SHARED:
+        recording = recording.shared()
+    slots = _slots(recording, memory, by_benefit)
     simulated = None
     if profile is not None:
         simulated = simulate(recording, profile, slots, policy, predictions)
@@ -141,6 +148,7 @@ def _row(
     asked, hits, predicted, read_bytes = counts
     return Row(
         memory=memory,
+        pool=pool,
         policy=policy,
         predictions=predictions,
         slots=tuple(slots),
@@ -154,6 +162,8 @@ def _row(
 
 def _slots(recording: Recording, memory: str, by_benefit: bool) -> list[int]:
     """Share a budget among blocks; pools have the slots of their blocks together."""
+    if memory == OWN:
+        return [pool.slots for pool in recording.pools]
     budget = parse_memory(memory)
     assert budget is not None
     if by_benefit:
@@ -176,7 +186,7 @@ def _check(option: str, given: Iterable[str], allowed: Sequence[str]) -> None:
 def print_replayed(shown: Replayed, console: Console) -> None:
     """Print a line for each setting, and whether the run's own gives what its engine counted."""
     timed = shown.profile is not None
-    table = Table("memory", "policy", "predict", box=None, pad_edge=False)
+    table = Table("memory", "pool", "policy", "predict", box=None, pad_edge=False)
     counted = ("misses", "predicted", "MB read")
     told = ("tokens/s", "compute", "demand wait", "prefetch wait")
     for name in ("slots", "hits", *(told if timed else counted)):
@@ -184,7 +194,7 @@ def print_replayed(shown: Replayed, console: Console) -> None:
     for row in (shown.own, *shown.rows):
         least, most = min(row.slots), max(row.slots)
         slots = str(least) if least == most else f"{least}–{most}"
-        cells = [row.memory, row.policy, row.predictions, slots, f"{row.hit_rate:.1%}"]
+        cells = [row.memory, row.pool, row.policy, row.predictions, slots, f"{row.hit_rate:.1%}"]
         if row.simulated is None:
             cells += [str(row.misses), str(row.predicted), f"{row.read_bytes / 1e6:,.1f}"]
         else:

@@ -6,9 +6,9 @@ Needs: blocks.  Adds: placements.  Graph: unchanged.
     all others                                         resident, in the model's own tensors
 
 How many slots each block gets is decided when a model is loaded, before any weight is read
-(`moecc.runtime.offload.plan`). A budget for a model that is in memory already saves nothing until
-its weights are gone, and there has to be a place to read them from: that is an error, which names
-`moecc.load` and `moecc.offload`.
+(`moecc.runtime.offload.plan`); compiling with another one is an error (`moecc.lenders`). A budget
+for a model that is in memory already saves nothing until its weights are gone, and there has to be
+a place to read them from: that is an error, which names `moecc.load` and `moecc.offload`.
 """
 
 from dataclasses import replace
@@ -39,6 +39,8 @@ def schedule_offload(program: Program, options: Options) -> Outcome:
     if isinstance(budget, float):
         budget = int(budget * total)
     sizes = [f"{size / 2**20:,.1f} MiB of experts {home}" for home, size in sums.items() if size]
+    if sums["lent"]:
+        sizes.append("slots and policy as the model was loaded")
     placed = replace(program, placements=placements)
     if budget is None or total <= budget or not total:
         return Outcome(program=placed, note=", ".join(sizes))

@@ -61,6 +61,12 @@ def test_bounds_are_bounds(run: Path) -> None:
     assert loads["25%", "belady", "perfect"] == loads["25%", "belady", "none"]
 
 
+def test_a_shared_pool_has_the_slots_of_all_and_a_better_bound(run: Path) -> None:
+    rows = replayed(run, "--pool", "own,shared", "--policy", "belady", "--predict", "none")["rows"]
+    assert [(row["pool"], row["slots"]) for row in rows] == [("own", [8] * 6), ("shared", [48])]
+    assert rows[0]["misses"] >= rows[1]["misses"] > 0
+
+
 def test_a_file_that_counts_otherwise_is_a_problem(run: Path, tmp_path: Path) -> None:
     lines = run.read_text().splitlines()
     about = json.loads(lines[0])
@@ -123,6 +129,7 @@ def test_wrong_use_of_plan_and_replay_says_what_to_do(
         (("plan", "qwen3_moe", "--memory", "50%", "--trace", run), "record one of its own"),
         (("plan", "qwen3_moe", "--memory", "50%", "--profile", "abacus"), "no profile 'abacus'"),
         (("replay", run, "--policy", "fifo"), "--policy 'fifo' is not one of"),
+        (("replay", run, "--pool", "one"), "--pool 'one' is not one of"),
         (("replay", run, "--predict", "governed"), "governed needs a --profile"),
         (("replay", REFERENCE / "config.json"), "is no trace of `moecc trace`: line 1"),
         (("replay", "nowhere.jsonl"), "cannot read the trace 'nowhere.jsonl'"),

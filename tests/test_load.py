@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import moecc
 from moecc import backend, capture
+from moecc.on_device import bring_to_device
 from moecc.passes.options import Options
-from moecc.runtime.errors import InputError, ModelError, OptionError, StoreError
+from moecc.runtime.errors import InputError, ModelError, OptionError, StoreError, StrictError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.stand_in import lender_of
@@ -188,7 +189,8 @@ def test_compiled_it_gives_the_bits_of_the_compiled_resident_model(
 
     def outputs(model: Any) -> list[torch.Tensor]:
         torch._dynamo.reset()
-        compiled = torch.compile(model.forward, backend="moecc", dynamic=True, fullgraph=True)
+        how: dict[str, Any] = {"dynamic": True, "fullgraph": True, "options": {"inner": "eager"}}
+        compiled = torch.compile(model.forward, backend="moecc", **how)
         made = [compiled(IDS, use_cache=False).logits]
         with torch.compiler.set_stance("fail_on_recompile"):
             made += [compiled(IDS[0, :n][None], use_cache=False).logits for n in (4, 7)]
@@ -201,42 +203,57 @@ def test_compiled_it_gives_the_bits_of_the_compiled_resident_model(
     assert all(bank.pool.trace.counts.requests == 3 for bank in banks(model))
 
 
+@pytest.mark.parametrize("quantize", [None, "int4"])
 def test_slots_may_be_on_a_device(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    quantize: str | None, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, device = checkpoint("qwen3_moe"), DryDevice()
-    expected = resident(folder)(IDS).logits
-    monkeypatch.setattr("moecc.loading.new_device", lambda _: device)
-    model = moecc.load(folder, expert_memory="50%")
+    expected = moecc.load(folder, quantize=quantize)(IDS).logits
+    monkeypatch.setattr("moecc.on_device.new_device", lambda _: device)
+    assert torch.equal(moecc.load(folder, quantize=quantize)(IDS).logits, expected)
+    model = moecc.load(folder, expert_memory="50%", quantize=quantize)
     for _ in range(3):
         assert torch.equal(model(IDS).logits, expected)
     assert all(bank.store.pinned for bank in banks(model))
     misses = sum(bank.pool.trace.counts.misses for bank in banks(model))
     assert sum(what == "copy" for what, *_ in device.log) == misses > 8
-    helped = moecc.load(folder, expert_memory="50%", misses="home")
+    helped = moecc.load(folder, expert_memory="50%", misses="home", quantize=quantize)
     assert torch.equal(helped(IDS).logits, expected)
     assert sum(bank.pool.trace.counts.home for bank in banks(helped)) >= 2
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantize", [None, "int4"])
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 def test_a_model_on_a_gpu_has_its_slots_there(
-    kernels: str, checkpoint: Callable[..., Path]
+    kernels: str, quantize: str | None, checkpoint: Callable[..., Path]
 ) -> None:
-    options: dict[str, Any] = {"device": "cuda", "kernels": kernels}
-    whole = resident(checkpoint("qwen3_moe"), kernels=kernels).to("cuda")
+    options: dict[str, Any] = {"device": "cuda", "kernels": kernels, "quantize": quantize}
+    whole = moecc.load(checkpoint("qwen3_moe"), **options)
     model = moecc.load(checkpoint("qwen3_moe"), expert_memory="50%", **options)
     assert torch.equal(model(IDS.to("cuda")).logits, whole(IDS.to("cuda")).logits)
 
 
-def test_what_a_device_cannot_do_is_refused(
-    checkpoint: Callable[..., Path], tmp_path: Path
+def test_misses_at_home_are_refused_where_that_is_everywhere(
+    checkpoint: Callable[..., Path],
 ) -> None:
     folder = checkpoint("qwen3_moe")
     load_bad(folder, OptionError, "misses='home' is for models on a device", misses="home")
-    low = {"device": "cuda", "quantize": "int4"}
-    load_bad(tmp_path, OptionError, "quantize is for experts on the CPU", **low)
+
+
+def test_a_scheme_without_a_kernel_on_the_device_is_told(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to_gpu(model: Any, absent: Any, lenders: Any, device: Any, *rest: Any) -> Any:
+        return bring_to_device(model, absent, lenders, torch.device("cuda"), *rest)
+
+    monkeypatch.setattr("moecc.on_device.new_device", lambda _: DryDevice())
+    monkeypatch.setattr("moecc.loading.bring_to_device", to_gpu)
+    folder, low = checkpoint("qwen3_moe"), {"expert_memory": "50%", "quantize": "int3"}
+    notes = moecc.report(moecc.load(folder, **low)).notes
+    assert sum("torch computes its int3-g32 experts: triton" in one for one in notes) == 2
+    load_bad(folder, StrictError, "a scheme has no kernel on cuda", strict=True, **low)
 
 
 def test_compiling_for_another_scheme_is_refused(checkpoint: Callable[..., Path]) -> None:
@@ -246,6 +263,17 @@ def test_compiling_for_another_scheme_is_refused(checkpoint: Callable[..., Path]
             torch.compile(model, backend="moecc", options={"quantize": other})
     for same in ("int8", None, {"elsewhere.*": "int4"}):
         torch.compile(model, backend="moecc", options={"quantize": same})
+
+
+def test_compiling_for_another_budget_is_refused(checkpoint: Callable[..., Path]) -> None:
+    model: Any = moecc.load(checkpoint("qwen3_moe"), expert_memory="50%", policy="lfu")
+    for name, other in {"expert_memory": "25%", "policy": "lookahead", "misses": "home"}.items():
+        with pytest.raises(OptionError, match=rf"{name}=.* but the model was loaded with"):
+            torch.compile(model.forward, backend="moecc", options={name: other})
+        with pytest.raises(OptionError, match=rf"{name}=.*leave it out"):
+            torch.compile(model.model.layers[0], backend="moecc", options={name: other})
+    for same in ({}, {"expert_memory": "50%"}, {"policy": "lfu"}, {"policy": "auto"}):
+        torch.compile(model, backend="moecc", options=same)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from moecc.checkpoint import writing
 from moecc.records import all_records
 from moecc.runtime.errors import InputError, ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.plan import Demand
+from moecc.runtime.offload.recording import Pooled, Recording, write
 from moecc.runtime.offload.stand_in import lender_of
+from moecc.runtime.offload.trace import Request
 from moecc.tiny import tiny_model
 from tests.loops import PutTogether, RouterApart, StackedSlices, WhereLoop
 from tests.passes.dispatched import Stacked
@@ -29,6 +33,8 @@ STYLES: tuple[Callable[[], nn.Module], ...] = (
     ApartTwoChoices,
 )  # fmt: skip
 """Stacked parameters found in graphs, loops over modules and over slices, buffers."""
+GIVEN = (ApartTwoChoices, MergedRows, RouterApart)
+"""Are offloaded with the inputs of a call, without which one of them is not found."""
 
 
 class Layers(nn.Module):
@@ -76,23 +82,21 @@ def banks(model: nn.Module) -> list[Bank]:
     return list(dict.fromkeys(one for one in found if isinstance(one, Bank)))
 
 
-@pytest.mark.parametrize("kind", STYLES)
+@pytest.mark.parametrize(("kind", "memory"), [*((kind, "50%") for kind in STYLES), (Dense, "100%")])
 def test_every_style_gives_the_bits_of_the_resident_model(
-    kind: Callable[[], nn.Module], tmp_path: Path
+    kind: Callable[[], nn.Module], memory: str, tmp_path: Path
 ) -> None:
     expected = compiled_outputs(make(kind))
-    for memory in ("100%", "50%"):
-        torch._dynamo.reset()
-        model = make(kind)
-        inputs = () if memory == "100%" and kind is not ApartTwoChoices else (tokens(9),)
-        assert moecc.offload(model, *inputs, store=tmp_path, expert_memory=memory) is model
-        assert len(banks(model)) == 2
-        assert not any(bank.pool.trace.counts.requests for bank in banks(model))
-        assert all(map(torch.equal, compiled_outputs(model), expected))
-        asked = [bank.pool.trace.counts.requests for bank in banks(model)]
-        assert asked == [6, 6]
-        if memory == "50%":
-            assert all(bank.pool.slots < bank.store.experts for bank in banks(model))
+    torch._dynamo.reset()
+    model = make(kind)
+    inputs = (tokens(9),) if kind in GIVEN else ()
+    assert moecc.offload(model, *inputs, store=tmp_path, expert_memory=memory) is model
+    assert len(banks(model)) == 2
+    assert not any(bank.pool.trace.counts.requests for bank in banks(model))
+    assert all(map(torch.equal, compiled_outputs(model), expected))
+    assert [bank.pool.trace.counts.requests for bank in banks(model)] == [6, 6]
+    for bank in banks(model):
+        assert (bank.pool.slots < bank.store.experts) == (memory == "50%")
 
 
 def test_inductor_and_predictions_work_on_it(tmp_path: Path) -> None:
@@ -122,14 +126,28 @@ def test_wanting_gradients_is_refused(tmp_path: Path) -> None:
         model(tokens(5))
 
 
-@pytest.mark.parametrize("scheme", ["int8", {"*": "int4"}])
-def test_experts_may_be_quantized_on_their_way(scheme: Any, tmp_path: Path) -> None:
+def test_experts_may_be_quantized_on_their_way(tmp_path: Path) -> None:
+    scheme = {"*": "int4"}
     expected = compiled_outputs(make(WhereLoop), quantize=scheme)
     torch._dynamo.reset()
     model = make(WhereLoop)
     moecc.offload(model, store=tmp_path, expert_memory="50%", quantize=scheme)
     assert all(bank.schemes is not None for bank in banks(model))
     assert all(map(torch.equal, compiled_outputs(model, quantize=scheme), expected))
+
+
+def test_a_function_compiled_for_another_scheme_is_refused(tmp_path: Path) -> None:
+    model = moecc.offload(make(GptFast), tokens(3), store=tmp_path, quantize="int8")
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return model(x)
+
+    options = {"inner": "eager", "quantize": "int4"}
+    with pytest.raises(Exception, match=r"quantize='int4'.*were loaded in int8; leave it out"):
+        torch.compile(call, backend="moecc", options=options)(tokens(3))
+    torch._dynamo.reset()
+    options["quantize"] = "int8"
+    assert torch.compile(call, backend="moecc", options=options)(tokens(3)).isfinite().all()
 
 
 def test_the_memory_of_the_experts_is_given_back(tmp_path: Path) -> None:
@@ -179,6 +197,36 @@ def test_what_cannot_be_moved_stays_and_says_why(
     moecc.offload(model, store=tmp_path, expert_memory="50%")
     with pytest.raises(ModelError, match="on disk already"):
         moecc.offload(model, store=tmp_path, expert_memory="50%")
+
+
+def test_a_trace_shares_the_memory_and_is_checked_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    blocks = [
+        Demand(name=bank.store.name, experts=bank.store.experts, active=2, size=64)
+        for bank in banks(moecc.offload(make(GptFast), tokens(3), store=tmp_path / "a"))
+    ]
+    often = [Request(block=1, tokens=1, experts=(n % 4,), hits=0) for n in range(40)]
+    one = Pooled(slots=4, asked=0, hits=0, predicted=0)
+    run = Recording(
+        model="gpt", policy="lru", blocks=tuple(blocks), pool_of=(0, 1), pools=(one, one),
+        other_bytes=0, decode_rate=1.0, events=tuple(often),
+    )  # fmt: skip
+    write(run, tmp_path / "own.jsonl")
+    write(
+        replace(run, blocks=(blocks[0], replace(blocks[1], experts=64))), tmp_path / "other.jsonl"
+    )
+
+    def slots(trace: str) -> list[int]:
+        options = {"expert_memory": "50%", "trace": tmp_path / trace}
+        model = moecc.offload(make(GptFast), tokens(3), store=tmp_path / "b", **options)
+        return [bank.pool.slots for bank in banks(model)]
+
+    with pytest.raises(OptionError, match=r"other.jsonl' is of 'gpt'.*record one of its own"):
+        slots("other.jsonl")
+    assert not (tmp_path / "b").exists()
+    first, second = slots("own.jsonl")
+    assert first < second
 
 
 class ReadsThem(GptFast):

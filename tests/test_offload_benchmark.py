@@ -1,15 +1,17 @@
 """The benchmark of lent experts, at a size of seconds."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import offload
+from benchmarks import llama_cpp, llama_mmap, offload
 
 ARGUMENTS = """
-    --inner eager --widen 1 --new-tokens 6 --rounds 2 --memory 50%
+    --inner eager --widen 1 --new-tokens 6 --rounds 2 --memory 50% --llama
     --json out.json --plot plots --timeline timeline.json
 """
 CONTENDERS = "no cache,lru,lru + prefetch"
@@ -19,6 +21,7 @@ def test_tables_plots_and_timeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llama_mmap, "GROUPS", tmp_path / "none")
     monkeypatch.setattr(sys, "argv", ["offload", *ARGUMENTS.split(), "--contenders", CONTENDERS])
     offload.main()
     told = json.loads(Path("out.json").read_text())
@@ -33,7 +36,9 @@ def test_tables_plots_and_timeline(
         slowest, fastest = rows[name]["spread"]
         assert 0.99 / fastest <= decoded <= 1.01 / slowest
     assert rows["lru"]["prefetch_wait"] == 0
-    assert "all gave the same tokens" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "all gave the same tokens" in printed
+    assert "llama.cpp is left out: " in printed
     assert {file.name for file in Path("plots").iterdir()} == {"speed.svg", "hits.svg"}
     events = json.loads(Path("timeline.json").read_text())["traceEvents"]
     tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
@@ -41,3 +46,15 @@ def test_tables_plots_and_timeline(
     spans = [event for event in events if event["ph"] == "X"]
     assert all(span["dur"] >= 0 <= span["ts"] for span in spans)
     assert sum(span["name"].startswith("block ") for span in spans) >= 6 * 6
+
+
+@pytest.mark.skipif(not llama_cpp.installed(), reason="needs pip install moecc[llama]")
+@pytest.mark.skipif(not os.access(llama_mmap.GROUPS, os.W_OK), reason="needs memory cgroups")
+def test_llama_stays_in_its_memory_and_reads_the_file_again(tmp_path: Path) -> None:
+    folder = shutil.copytree(offload.REFERENCE, tmp_path / "model")
+    groups = set(llama_mmap.GROUPS.iterdir())
+    made = llama_mmap.run(folder, 8 << 20, [1, 2, 3], 4, 2)
+    assert (len(made.rates), len(made.tokens)) == (2, 4)
+    assert 8 << 20 < made.peak <= made.own + (8 << 20)
+    assert made.read > 1 << 20, "the file does not fit"
+    assert set(llama_mmap.GROUPS.iterdir()) == groups

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import numpy as np
 import torch
 
 from moecc.runtime.offload.cache import Admission
@@ -21,6 +20,7 @@ from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.replay import groups_of
+from moecc.runtime.offload.slot_table import SlotTable
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trace import Request
@@ -45,6 +45,10 @@ class Bank:
     guesses: Guesses = field(default_factory=Guesses)
     home: Home | None = None
     """Computes experts in host memory when that is sooner than their copy to a device."""
+    _table: SlotTable = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_table", SlotTable(self.store.experts))
 
     def run(
         self,
@@ -78,7 +82,7 @@ class Bank:
                     late += sum(one.hit and self.pool.is_late(one.key) for one in current)
                     if double:
                         ahead = self._request(groups, number + 1, pinned)
-                    self._add(add, current, onto, hidden, ids, weights, *biases)
+                    self._add(add, wanted, current, onto, hidden, ids, weights, *biases)
                     self._release(current, pinned)
                     if not double:
                         ahead = self._request(groups, number + 1, pinned)
@@ -122,15 +126,15 @@ class Bank:
     def _add(
         self,
         add: AddExpertsFn,
+        wanted: Sequence[int],
         admitted: Sequence[Admission],
         onto: torch.Tensor,
         *tokens: torch.Tensor | None,
     ) -> None:
-        """Add what a group gives: the experts that are there, up to the first that is not."""
+        """Add what a group of the `wanted` gives: what is there, up to the first that is not."""
         *inputs, gate_up_bias, down_bias = tokens
         tensors = self.pool.tensors
         experts = (tensors["gate_up"], tensors["down"], gate_up_bias, down_bias, tensors.get("up"))
-        table = np.full(self.store.experts, -1, np.int64)
         start = 0
         while start < len(admitted):
             if self._is_sooner_at_home(admitted[start].key, len(onto)):
@@ -146,10 +150,8 @@ class Bank:
             end = start + 1
             while end < len(admitted) and not self.pool.is_late(admitted[end].key):
                 end += 1
-            table.fill(-1)
-            for one in admitted[start:end]:
-                table[one.key[1]] = one.slot
-            add(onto, torch.from_numpy(table).to(onto.device), *inputs, *experts)
+            slots = {one.key[1]: one.slot for one in admitted[start:end]}
+            add(onto, self._table.show(slots, wanted, onto.device), *inputs, *experts)
             start = end
 
     def _is_sooner_at_home(self, key: Key, tokens: int) -> bool:

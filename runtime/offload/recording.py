@@ -8,7 +8,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ class Pooled:
     asked: int
     hits: int
     predicted: int
+
+
+_COUNTED = tuple(field.name for field in fields(Pooled))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,18 @@ class Recording:
     def of_block(self, number: int) -> list[Event]:
         """List the events of one block."""
         return [event for event in self.events if block_of(event) == number]
+
+    def shared(self) -> "Recording":
+        """Put blocks whose records are of one size into one pool, with the slots of all of them."""
+        sizes = [self.size_in(number) for number in range(len(self.pools))]
+        kinds = list(dict.fromkeys(sizes))
+
+        def sum_up(size: int) -> Pooled:
+            same = [pool for pool, one in zip(self.pools, sizes, strict=True) if one == size]
+            return Pooled(**{name: sum(getattr(one, name) for one in same) for name in _COUNTED})
+
+        pool_of = tuple(kinds.index(block.size) for block in self.blocks)
+        return replace(self, pool_of=pool_of, pools=tuple(map(sum_up, kinds)))
 
     def size_in(self, number: int) -> int:
         """Give the bytes of a record in a pool."""

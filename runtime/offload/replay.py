@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from moecc.runtime.offload.cache import Admission, Cache
 from moecc.runtime.offload.policy import POLICIES, Key, Policy, belady
+from moecc.runtime.offload.recording import block_of
 from moecc.runtime.offload.trace import Event, Guess, Ranking, Request
 
 REPLAYED = (*POLICIES, "belady")
@@ -60,6 +61,8 @@ def replay(
     """
     requests = [event for event in events if isinstance(event, Request)]
     cache = Cache(slots, new_policy(policy, requests, slots))
+    blocks = sorted(set(map(block_of, events)))
+    latest = max(blocks, default=0)
     coming = iter(requests)
     asked = hits = predicted = 0
 
@@ -71,11 +74,13 @@ def replay(
     for event in events:
         if isinstance(event, Request):
             asked += len(event.experts)
+            latest = event.block
             for admitted in serve(cache, event):
                 hits += sum(one.hit for one in admitted)
             predicted += foresee()
         else:
-            predicted += len(let_in(cache, foretold(event, predictions)))
+            keys = foretold(event, predictions)
+            predicted += len(let_in(cache, keys, turns_until(keys, latest, blocks)))
     return Outcome(policy=policy, slots=slots, asked=asked, hits=hits, predicted=predicted)
 
 
@@ -132,9 +137,19 @@ def first_keys(request: Request, slots: int) -> list[Key]:
     return [(request.block, expert) for expert in groups[0]] if groups else []
 
 
-def let_in(cache: Cache, keys: Sequence[Key]) -> list[Admission]:
-    """Admit experts that are predicted for the next request."""
-    return cache.predict(keys, cache.step + 1, len(keys))
+def let_in(cache: Cache, keys: Sequence[Key], turns: int = 1) -> list[Admission]:
+    """Admit experts that are predicted for a request so many turns ahead."""
+    return cache.predict(keys, cache.step + turns, len(keys))
+
+
+def turns_until(keys: Sequence[Key], latest: int, blocks: Sequence[int]) -> int:
+    """Count requests of a pool up to the one that predictions are for: its blocks take turns.
+
+    `latest` is the block that asked last, `blocks` are those of the pool, ascending.
+    """
+    if not keys:
+        return 1
+    return (blocks.index(keys[0][0]) - blocks.index(latest)) % len(blocks) or len(blocks)
 
 
 def new_policy(name: str, requests: Sequence[Request], slots: int) -> Policy:

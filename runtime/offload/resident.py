@@ -18,8 +18,9 @@ class Resident:
     slots: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        count = len(self.tensors["gate_up"])
-        object.__setattr__(self, "slots", torch.arange(count, dtype=torch.int64))
+        first = self.tensors["gate_up"]
+        slots = torch.arange(len(first), dtype=torch.int64, device=first.device)
+        object.__setattr__(self, "slots", slots)
 
     def run(
         self,

@@ -21,7 +21,14 @@ from moecc.runtime.offload.plan import Demand
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.profile import Profile
 from moecc.runtime.offload.recording import Recording, block_of
-from moecc.runtime.offload.replay import first_keys, foretold, let_in, new_policy, serve
+from moecc.runtime.offload.replay import (
+    first_keys,
+    foretold,
+    let_in,
+    new_policy,
+    serve,
+    turns_until,
+)
 from moecc.runtime.offload.simulated_link import SimulatedLink, Transfer
 from moecc.runtime.offload.trace import Guess, Ranking, Request
 from moecc.runtime.offload.trial import MOST_TOKENS, Trial
@@ -94,6 +101,9 @@ def simulate(
 class _Pool:
     cache: Cache
     coming: Iterator[Request]
+    blocks: list[int]
+    latest: int
+    """Of its blocks, the one that asked last."""
     loads: dict[Key, Transfer] = field(default_factory=dict[Key, Transfer])
 
 
@@ -117,7 +127,9 @@ class _Run:
         for number, count in enumerate(slots):
             own = [one for one in recording.of_pool(number) if isinstance(one, Request)]
             cache = Cache(count, new_policy(policy, own, count))
-            self.pools.append(_Pool(cache=cache, coming=iter(own)))
+            blocks = [block for block, pool in enumerate(recording.pool_of) if pool == number]
+            pool = _Pool(cache=cache, coming=iter(own), blocks=blocks, latest=blocks[-1])
+            self.pools.append(pool)
         self.times = {False: Times(), True: Times()}
         """Of prefills, and of decoding."""
         self.now = self.times[False]
@@ -182,7 +194,8 @@ class _Run:
 
     def _let_in(self, block: int, keys: Sequence[Key]) -> list[Key]:
         pool = self._pool(block)
-        admitted = let_in(pool.cache, keys)
+        turns = turns_until(keys, pool.latest, pool.blocks)
+        admitted = let_in(pool.cache, keys, turns)
         self.predicted += len(admitted)
         self._load(pool, admitted, DEMAND + 1)
         return [one.evicted for one in admitted if one.evicted is not None]
@@ -199,6 +212,7 @@ class _Run:
     def _serve(self, request: Request) -> None:
         """Compute a block, as `Bank.run` does."""
         pool, demand = self._pool(request.block), self.recording.blocks[request.block]
+        pool.latest = request.block
         if request.block == 0:
             self.trial.begin(request.tokens)
         keys = [(request.block, expert) for expert in request.experts]

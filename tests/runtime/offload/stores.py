@@ -140,3 +140,14 @@ def in_a_thread(work: Callable[[], Any]) -> Callable[[], Any]:
         return outcome[0]
 
     return result
+
+
+def in_child(check: Any) -> int:
+    """Fork, and give 0 if the check holds in the child."""
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if check() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,5 +1,6 @@
 """Experts from slots: the bits of a call with all of them in memory, at every number of slots."""
 
+import itertools
 import random
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moecc.codegen import reference
+from moecc.codegen import low_bit, reference
 from moecc.codegen.gpus import GPUS
 from moecc.codegen.native.emit import emit
 from moecc.codegen.spec import Kernel, KernelSpec
@@ -25,9 +26,9 @@ from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.record import Layout
 from moecc.runtime.offload.store import Files, Read, Store
+from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 from tests.codegen.native_cases import make_batch, make_experts, make_spec
-from tests.runtime.offload.stores import fail_reads, in_a_thread
-from tests.runtime.offload.test_link import in_child
+from tests.runtime.offload.stores import Gate, fail_reads, in_a_thread, in_child
 
 EXPERTS = 6
 CASES = [
@@ -49,32 +50,33 @@ EMITTERS = {"native": emit, "torch": reference.emit, "triton": emit_for_a_gpu}
 class Block:
     """One block's experts in memory and on disk."""
 
-    def __init__(self, folder: Path, emitter: str, dtype: torch.dtype, number: int = 0) -> None:
+    def __init__(
+        self, folder: Path, emitter: str, dtype: torch.dtype, number: int = 0, scheme: str = ""
+    ) -> None:
         spec = make_spec("gpt-oss", dtype, EXPERTS)
-        self.kernel: Kernel = EMITTERS[emitter](spec)
         self.weights = make_experts(spec)
-        first, second, *self.biases, _, _ = self.weights
-        assert first is not None
-        assert second is not None
-        layout = Layout.of({"gate_up": (first.shape[1:], dtype), "down": (second.shape[1:], dtype)})
+        self.schemes = Schemes(first=SCHEMES[scheme], second=SCHEMES[scheme]) if scheme else None
+        if self.schemes is not None:
+            self.weights = [*low_bit.packed_tensors(spec, self.schemes, self.weights)]
+            spec = low_bit.packed_kernel(spec, self.schemes, "torch").spec
+        self.kernel: Kernel = EMITTERS[emitter](spec)
+        first, second, *self.biases, up, _ = self.weights
+        held = {"gate_up": first, "down": second, "up": up}
+        matrices = {name: one for name, one in held.items() if one is not None}
+        layout = Layout.of({name: (one.shape[1:], one.dtype) for name, one in matrices.items()})
         file = folder / f"{number}.bin"
+        reads: list[list[Read]] = [[] for _ in range(EXPERTS)]
         with file.open("wb") as opened:
-            for expert in range(EXPERTS):
-                for one in (first, second):
-                    opened.write(one[expert].contiguous().view(torch.uint8).numpy().tobytes())
-        sizes = [part.size for part in layout.parts]
-        reads = tuple(
-            tuple(
-                Read(file=file, offset=at, length=part.size, into=part.offset)
-                for at, part in zip((start, start + sizes[0]), layout.parts, strict=True)
-            )
-            for start in range(0, EXPERTS * sum(sizes), sum(sizes))
-        )
-        self.store = Store(name=f"layers.{number}", layout=layout, reads=reads)
+            for expert, part in itertools.product(range(EXPERTS), layout.parts):
+                at = opened.tell()
+                reads[expert].append(Read(file=file, offset=at, length=part.size, into=part.offset))
+                one = matrices[part.name][expert].contiguous()
+                opened.write(one.view(torch.uint8).numpy().tobytes())
+        self.store = Store(name=f"layers.{number}", layout=layout, reads=tuple(map(tuple, reads)))
         self.number = number
 
     def bank(self, pool: Pool) -> Bank:
-        return Bank(number=self.number, store=self.store, pool=pool)
+        return Bank(number=self.number, store=self.store, pool=pool, schemes=self.schemes)
 
     def batch(self, tokens: int) -> list[torch.Tensor]:
         """Make tokens; some name an expert twice, or none that there is."""
@@ -142,6 +144,29 @@ def test_every_number_of_slots_gives_the_bits_of_all(
         assert not bank.pool.cache._pins
         counts = bank.pool.trace.counts
         assert (counts.requests, counts.experts >= counts.hits) == (6, True)
+
+
+def test_what_is_there_computes_while_the_rest_arrives(
+    tmp_path: Path, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block(tmp_path, "native", torch.float32)
+    bank = block.bank(Pool(block.store.layout, 3, POLICIES["lru"], link))
+    hidden, _, scores = block.batch(1)
+    bank.run(block.kernel.add, hidden, torch.tensor([[0, 1]]), scores, *block.biases)  # pyright: ignore
+    gate = Gate(monkeypatch)
+    added: list[list[int]] = []
+
+    def add(onto: torch.Tensor, slots: torch.Tensor, *inputs: Any) -> None:
+        added.append([expert for expert in (0, 4) if slots[expert] >= 0])
+        if not added[1:]:
+            gate.open()  # what is missing has to wait until something was computed
+        assert block.kernel.add is not None
+        block.kernel.add(onto, slots, *inputs)
+
+    ids = torch.tensor([[4, 0]])
+    got = bank.run(add, hidden, ids, scores, *block.biases)
+    assert added == [[0], [4]]
+    assert torch.equal(got, block.kernel.run(hidden, ids, scores, *block.weights))  # pyright: ignore
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -37,18 +37,26 @@ def run(block: Block, bank: Bank, device: DryDevice, batch: list[torch.Tensor]) 
     add = block.kernel.add
     assert add is not None
 
-    def logged(onto: torch.Tensor, slots: torch.Tensor, *inputs: Any) -> None:
-        for slot in slots[slots >= 0].tolist():
-            device.log.append(("kernel", bank.pool.records[slot].data_ptr(), None))
-        add(onto, slots, *inputs)
+    def logged(
+        onto: torch.Tensor, slots: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, *rest: Any
+    ) -> None:
+        named = ids[(ids >= 0) & (ids < EXPERTS)].unique()
+        for slot in slots[named].tolist():
+            if slot >= 0:
+                device.log.append(("kernel", bank.pool.records[slot].data_ptr(), None))
+        add(onto, slots, hidden, ids, *rest)
 
     return bank.run(logged, *batch, *block.biases)
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_late_copies_change_no_bit(pinned: bool, dtype: torch.dtype, tmp_path: Path) -> None:
-    block = Block(tmp_path, "native", dtype)
+@pytest.mark.parametrize(
+    ("dtype", "scheme"), [(torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "int4")]
+)
+def test_late_copies_change_no_bit(
+    pinned: bool, dtype: torch.dtype, scheme: str, tmp_path: Path
+) -> None:
+    block = Block(tmp_path, "native", dtype, scheme=scheme)
     for slots in range(1, EXPERTS + 1):
         device = DryDevice(random.Random(slots))
         store = replace(held(block.store, device), pinned=pinned)
@@ -68,12 +76,15 @@ def test_late_copies_change_no_bit(pinned: bool, dtype: torch.dtype, tmp_path: P
         assert device.pinned == (1 if pinned else 1 + min(len(copies), 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "scheme"),
+    [(torch.float32, ""), (torch.bfloat16, ""), (torch.bfloat16, "int4"), (torch.float32, "fp8")],
+)
 def test_triton_kernels_read_slots_that_copies_fill_late(
-    dtype: torch.dtype, tmp_path: Path
+    dtype: torch.dtype, scheme: str, tmp_path: Path
 ) -> None:
     interpreter = pytest.importorskip("tests.codegen.triton_interpreter")
-    block = Block(tmp_path, "triton", dtype)
+    block = Block(tmp_path, "triton", dtype, scheme=scheme)
     for slots in (2, EXPERTS):
         device = DryDevice(random.Random(slots))
         store = held(block.store, device)
@@ -89,11 +100,13 @@ def test_triton_kernels_read_slots_that_copies_fill_late(
         device.check_order()
 
 
-@pytest.mark.parametrize("sooner", [True, False, None])
+@pytest.mark.parametrize(
+    ("sooner", "scheme"), [(True, ""), (True, "int8"), (False, ""), (None, "")]
+)
 def test_a_miss_is_computed_at_home_when_that_is_sooner(
-    sooner: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sooner: bool | None, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = Block(tmp_path, "native", torch.bfloat16)
+    block = Block(tmp_path, "native", torch.bfloat16, scheme=scheme)
     device = DryDevice()
     store = held(block.store, device)
     assert block.kernel.add is not None

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moecc.runtime.errors import OptionError
 from moecc.runtime.offload.plan import Demand, hits_by_slots, share_by_benefit, share_slots
@@ -49,6 +51,33 @@ def test_slots_go_where_they_are_hit() -> None:
 
 def test_an_empty_trace_shares_evenly() -> None:
     assert share_by_benefit(DEMANDS, 18 * 100, []) == (6, 6, 6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 99)), min_size=1, max_size=4
+    ),
+    st.floats(0.01, 1.0),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8)), max_size=12),
+)
+def test_no_share_exceeds_its_budget(
+    blocks: list[tuple[int, int, int]], part: float, asked: list[tuple[int, int]]
+) -> None:
+    demands = [
+        Demand(name=str(n), experts=max(pair), active=min(pair), size=size)
+        for n, (*pair, size) in enumerate(blocks)
+    ]
+    made = [
+        Request(block=block, tokens=1, experts=(expert % demands[block].experts,), hits=0)
+        for block, expert in asked
+        if block < len(demands)
+    ]
+    smallest = sum(one.active * one.size for one in demands)
+    memory = max(smallest, int(part * sum(one.bytes for one in demands)))
+    for slots in (share_slots(demands, memory), share_by_benefit(demands, memory, made)):
+        assert sum(one.size * n for one, n in zip(demands, slots, strict=True)) <= memory
+        assert all(d.active <= n <= d.experts for d, n in zip(demands, slots, strict=True))
 
 
 def test_a_budget_below_a_tokens_demand_is_refused_alike() -> None:

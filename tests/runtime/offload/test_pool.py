@@ -23,11 +23,11 @@ from tests.runtime.offload.stores import (
     Gate,
     fail_reads,
     in_a_thread,
+    in_child,
     open_files,
     readers,
     write_store,
 )
-from tests.runtime.offload.test_link import in_child
 
 EIO = OSError(errno.EIO, "Input/output error")
 

@@ -9,8 +9,8 @@ import torch
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
-from moecc.runtime.offload.replay import replay
-from moecc.runtime.offload.trace import Request
+from moecc.runtime.offload.replay import replay, turns_until
+from moecc.runtime.offload.trace import Guess, Request
 from tests.runtime.offload.test_bank import EXPERTS, Block, foretell
 
 
@@ -32,6 +32,34 @@ def test_a_runs_own_trace_gives_its_own_counts(tmp_path: Path, policy: str, slot
     assert (again.asked, again.hits) == (counts.experts, counts.hits)
     assert (again.misses, again.predicted) == (counts.misses, counts.predicted)
     link.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pool_that_blocks_share_counts_as_its_replay(tmp_path: Path, policy: str) -> None:
+    random.seed(3)
+    blocks, link = [Block(tmp_path, "native", torch.float32, number) for number in range(3)], Link()
+    pool = Pool(blocks[0].store.layout, 5, POLICIES[policy], link)
+    banks = [block.bank(pool) for block in blocks]
+    pool.trace.recording = True
+    for turn in range(60):
+        if random.random() < 0.5:
+            foretell(banks[turn % 3])
+        blocks[turn % 3].check(banks[turn % 3], blocks[turn % 3].batch(random.choice([1, 1, 4])))
+    counts = pool.trace.counts
+    again = replay(pool.trace.events, 5, policy, predictions="recorded")
+    told = (counts.experts, counts.hits, counts.predicted)
+    assert (again.asked, again.hits, again.predicted) == told
+    link.close()
+
+
+def test_a_prediction_is_spared_until_its_blocks_turn() -> None:
+    def request(block: int, *experts: int) -> Request:
+        return Request(block=block, tokens=1, experts=experts, hits=0)
+
+    after = [request(0, 1), request(1, 1), request(2, 7)]
+    events = [request(2, 0), Guess(keys=((2, 7),)), *after]
+    assert [turns_until([(2, 0)], latest, [0, 2, 5]) for latest in (0, 2, 5)] == [1, 3, 2]
+    assert replay(events, 2, "lookahead", predictions="recorded").hits == 1
 
 
 def requests(count: int = 300) -> list[Request]:

@@ -68,6 +68,27 @@ def test_a_simulation_counts_what_a_replay_counts(policy: str, predictions: str)
     assert told.predicted == sum(one.predicted for one in outcomes)
 
 
+@pytest.mark.parametrize("policy", REPLAYED)
+def test_a_shared_pool_is_simulated_as_it_is_replayed(policy: str) -> None:
+    made = replace(recording(), pools=(Pooled(slots=4, asked=5, hits=2, predicted=1),) * 3)
+    shared = made.shared()
+    assert shared.pool_of == (0, 0, 0)
+    assert shared.pools == (Pooled(slots=12, asked=15, hits=6, predicted=3),)
+    told = simulate(shared, SLOW, [12], policy, "top-k")
+    outcome = replay(made.events, 12, policy, predictions="top-k")
+    assert (told.asked, told.hits, told.predicted) == (
+        outcome.asked, outcome.hits, outcome.predicted,
+    )  # fmt: skip
+
+
+def test_blocks_share_with_those_of_their_size() -> None:
+    made = recording()
+    large = replace(made.blocks[1], size=2 * SIZE)
+    shared = replace(made, blocks=(made.blocks[0], large, made.blocks[2])).shared()
+    assert shared.pool_of == (0, 1, 0)
+    assert [pool.slots for pool in shared.pools] == [8, 4]
+
+
 def test_on_demand_with_free_compute_takes_what_the_misses_take() -> None:
     told = simulate(recording(), SLOW, [4] * 3, "lru", "none")
     seconds = (told.asked - told.hits) * SIZE / 1e9
