@@ -32,13 +32,18 @@ _HOPEFUL = 0.7
 """The chance of a drafted token before anything is known."""
 
 
-def rate(chances: Sequence[float], draft: float, verify: float) -> float:
-    """Give tokens a second of drafts as long as `chances`; `draft` is one drafted token's time."""
+def tokens_of(chances: Sequence[float]) -> float:
+    """Give the tokens that a cycle is expected to give, of drafted tokens with these chances."""
     reached, tokens = 1.0, 1.0
     for chance in chances:
         reached *= chance
         tokens += reached
-    return tokens / (len(chances) * draft + verify)
+    return tokens
+
+
+def rate(chances: Sequence[float], draft: float, verify: float) -> float:
+    """Give tokens a second of drafts as long as `chances`; `draft` is one drafted token's time."""
+    return tokens_of(chances) / (len(chances) * draft + verify)
 
 
 @dataclass(slots=True)
@@ -89,6 +94,18 @@ class Depth:
         """Estimate tokens a second of drafts this long."""
         chances = [self._chance(place) for place in range(depth)]
         return rate(chances, self.draft or 0.0, self.verify_seconds(depth + 1))
+
+    def table(self) -> list[tuple[int, float, float]]:
+        """List depth, expected tokens and seconds of a cycle, as far as passes were timed."""
+        return [
+            (
+                depth,
+                tokens_of([self._chance(place) for place in range(depth)]),
+                depth * (self.draft or 0.0) + self.verify_seconds(depth + 1),
+            )
+            for depth in range(self.most + 1)
+            if self.verify and (depth == 0 or self.draft is not None)
+        ]
 
     def verify_seconds(self, tokens: int) -> float:
         """Estimate a pass over so many tokens: on the line between the nearest that were seen."""

@@ -1,53 +1,25 @@
 """Generate several tokens a pass: draft them cheaply, verify them together."""
 
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from moecc.runtime.depth import MOST, Depth
+from moecc.runtime.depth import MOST
 from moecc.runtime.errors import InputError, OptionError
 from moecc.runtime.schemes.scheme import SCHEMES
-from moecc.runtime.twins import Twins, foreseen
+from moecc.runtime.twins import foreseen
 from moecc.runtime.watch import watching
 from moecc.speculation.accept import Proposal, accept
 from moecc.speculation.copies import add_copies
 from moecc.speculation.drafts import Draft, SelfDraft, from_assistant, from_prompt
+from moecc.speculation.known import Speculation, known
 from moecc.speculation.rewind import Rewinder
 from moecc.speculation.stepper import Stepper
-
-
-@dataclass(slots=True, kw_only=True)
-class Speculation:
-    """What one source of drafts has done for one model."""
-
-    source: str
-    depth: Depth
-    twins: Twins = field(default_factory=Twins)
-    copied: int = 0
-    """Bytes of low-bit copies."""
-    cycles: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    """Of the drafted tokens, those that stayed."""
-    tokens: int = 0
-    """All that were generated after the first."""
-
-    def count(self, drafted: int, kept: int, draft: float, verify: float) -> None:
-        """Take note of a cycle, times in seconds."""
-        accepted = kept - 1  # the last is the model's own
-        self.cycles += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        self.tokens += kept
-        self.depth.observe(drafted, accepted, draft, verify)
-
 
 Generate = Callable[..., Any]
 
@@ -94,25 +66,12 @@ def speculate(
         **kwargs: Any,
     ) -> Any:
         _refuse(model, input_ids, generation_config, kwargs)
-        known = _known.setdefault(model, {})
-        name = draft if isinstance(draft, str) else type(draft).__name__
-        about = known.setdefault(
-            (draft if isinstance(draft, str) else id(draft), most),
-            Speculation(source=name, depth=Depth(most=most)),
-        )
+        about = known(model, draft, most)
         fixed = None if k == "auto" else int(k)
         loop = _Loop(model, logits_processor, stopping_criteria, generation_config, streamer)
         return loop.run(draft, about, fixed, input_ids, kwargs)
 
     return generate
-
-
-def speculations(model: nn.Module) -> tuple[Speculation, ...]:
-    """List what has been done for a model."""
-    return tuple(_known.get(model, {}).values())
-
-
-_known: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Speculation]]" = weakref.WeakKeyDictionary()
 
 
 def _refuse(model: Any, ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:

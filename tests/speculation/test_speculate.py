@@ -16,7 +16,7 @@ from moecc.runtime.offload.bank import Bank
 from moecc.runtime.twins import drafting, twin_of
 from moecc.speculation.accept import Proposal
 from moecc.speculation.drafts import SelfDraft
-from moecc.speculation.speculate import Speculation, speculations
+from moecc.speculation.known import Speculation, speculations
 from moecc.tiny import tiny_model
 from tests.test_load import banks
 
@@ -173,6 +173,17 @@ def test_a_compiled_model_drafts_in_the_same_graphs() -> None:
     for k in (2, 5):
         model.generate(IDS, custom_generate=moecc.speculate(k), **SETTINGS)
     assert len(moecc.report(model).graphs) == graphs
+
+
+def test_the_report_says_what_each_depth_would_give() -> None:
+    model = adopted("qwen3_moe")
+    model.generate(IDS, custom_generate=moecc.speculate(), **SETTINGS)
+    report = moecc.report(model)
+    (about,) = report.to_dict()["speculation"]
+    assert [one["k"] for one in about["depths"]] == list(range(9))
+    assert about["drafted"] >= about["accepted"]
+    assert f"drafts by int4: {about['tokens']} tokens in {about['cycles']} passes" in str(report)
+    assert "k=8: " in str(report)
 
 
 def test_with_experts_on_disk_the_draft_names_what_is_read(tmp_path: Path) -> None:
