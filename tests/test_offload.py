@@ -17,8 +17,8 @@ from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.tiny import tiny_model
 from tests.loops import PutTogether, RouterApart, StackedSlices, WhereLoop
+from tests.passes.apart import ApartTwoChoices
 from tests.passes.dispatched import Stacked
-from tests.passes.test_apart import ApartTwoChoices
 from tests.passes.test_dense_gates import Dense
 from tests.passes.test_gathered import Biased, GptFast, MergedRows
 
