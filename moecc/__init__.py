@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from moecc.passes.options import Options
     from moecc.reporting import Report, report
     from moecc.runtime.errors import MoeccError
+    from moecc.speculation.speculate import speculate
 
 __version__ = "0.1.0"
-__all__ = ["MoeccError", "Options", "Report", "load", "offload", "report"]
+__all__ = ["MoeccError", "Options", "Report", "load", "offload", "report", "speculate"]
 
 _HOMES = {
     "MoeccError": ("moecc.runtime.errors", "MoeccError"),
@@ -24,6 +25,7 @@ _HOMES = {
     "load": ("moecc.loading", "load"),
     "offload": ("moecc.offloading", "offload"),
     "report": ("moecc.reporting", "report"),
+    "speculate": ("moecc.speculation.speculate", "speculate"),
 }
 
 

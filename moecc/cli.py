@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,7 +146,7 @@ def kernels(
 @app.command(
     epilog='Examples: [b]moecc run benchmarks/reference -p "In the beginning"[/b] · '
     "[b]moecc run MODEL --prompt-file prompt.txt -n 200 --rounds 5[/b] · "
-    '[b]moecc run MODEL -p "..." --expert-memory 25% --quantize int4[/b]'
+    '[b]moecc run MODEL -p "..." --expert-memory 50% --speculate auto[/b]'
 )
 def run(
     model: Model,
@@ -159,14 +160,21 @@ def run(
         str, typer.Option(help="Leave experts on disk and keep so much of them, as 8GiB or 25%.")
     ] = "",
     quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
+    speculate: Annotated[
+        str, typer.Option(help="Draft so many tokens a pass, or auto: as many as pay.")
+    ] = "",
+    draft: Annotated[
+        str, typer.Option(help="What drafts: a scheme of the model's own experts, or prompt.")
+    ] = "int4",
     kernels: Kernels = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Generate text with MODEL through moecc, beside transformers eager, and compare the tokens.
 
-    With --expert-memory or --quantize, load it with moecc.load instead, and show what the cache of
-    experts did. Exit status 1 if the tokens differ by more than a tie within the dtype's rounding.
+    With --expert-memory, --quantize or --speculate, load it with moecc.load instead, and show what
+    the cache of experts and the drafts did. Exit status 1 if the tokens differ by more than a tie
+    within the dtype's rounding.
     """
     from moecc import demo, offload_demo
 
@@ -177,9 +185,17 @@ def run(
     if not prompt:
         raise typer.BadParameter("give a prompt with -p TEXT or --prompt-file FILE")
     options: dict[str, Any] = {"kernels": kernels}
-    if expert_memory or quantize:
+    if expert_memory or quantize or speculate:
+        from moecc.speculation.speculate import speculate as with_drafts
+
         options |= {"expert_memory": expert_memory or None, "quantize": quantize or None}
-        loaded = offload_demo.run(model, prompt, new_tokens, rounds, options, dtype, quiet=as_json)
+        k = int(speculate) if speculate.isdecimal() else speculate
+        drafts = partial(with_drafts, k, draft=draft) if speculate else None
+        if drafts:
+            drafts()  # raises for bad arguments
+        loaded = offload_demo.run(
+            model, prompt, new_tokens, rounds, options, dtype, quiet=as_json, speculate=drafts
+        )
         if as_json:
             typer.echo(json.dumps(loaded.to_dict(), indent=2))
         else:

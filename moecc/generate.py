@@ -57,10 +57,18 @@ class _Clock:
 
 
 def generate(
-    model: Any, prompt: torch.Tensor, new_tokens: int, progress: Progress | None = None
+    model: Any,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    progress: Progress | None = None,
+    speculate: Callable[..., Any] | None = None,
 ) -> Timing:
-    """Generate greedily from `prompt` [1, T], exactly `new_tokens` of them."""
+    """Generate greedily from `prompt` [1, T], exactly `new_tokens` of them.
+
+    With `speculate`, which is `moecc.speculate` with its arguments, by drafts.
+    """
     clock = _Clock(progress)
+    how = {} if speculate is None else {"custom_generate": speculate(streamer=clock)}
     out: torch.Tensor = model.generate(
         prompt,
         max_new_tokens=new_tokens,
@@ -68,6 +76,7 @@ def generate(
         do_sample=False,
         streamer=clock,
         pad_token_id=0,
+        **how,
     )
     first, *rest = clock.times[1:]
     return Timing(

@@ -1,6 +1,7 @@
-"""Generate with experts that are not all in memory: `moecc run --expert-memory`."""
+"""Generate with a model that `moecc.load` loaded: `moecc run --expert-memory --speculate`."""
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from moecc.demo import counting, live_line
 from moecc.generate import Timing, compiled, generate
 from moecc.prompted import load_prompted
-from moecc.render import print_experts
+from moecc.render import print_experts, print_speculation
 from moecc.reporting import Report, report
 
 
@@ -22,7 +23,14 @@ class OffloadDemo:
     text: str
     timings: tuple[Timing, ...]
     """One of each round, the first after one that compiles."""
+    speculative: tuple[Timing, ...]
+    """The same with drafts, if there are any, after the rounds without."""
     report: Report
+
+    @property
+    def same_tokens(self) -> bool:
+        """Drafts changed nothing."""
+        return all(one.tokens == self.timings[0].tokens for one in self.speculative)
 
     def to_dict(self) -> dict[str, Any]:
         """Give everything as plain values."""
@@ -30,6 +38,8 @@ class OffloadDemo:
             "prompt": self.prompt,
             "text": self.text,
             "timings": [asdict(timing) for timing in self.timings],
+            "speculative": [asdict(timing) for timing in self.speculative],
+            "same_tokens": self.same_tokens,
             "report": self.report.to_dict(),
         }
 
@@ -42,10 +52,12 @@ def run(
     options: dict[str, Any],
     dtype: str,
     quiet: bool,
+    speculate: Callable[..., Any] | None = None,
 ) -> OffloadDemo:
     """Load with `moecc.load`, compile, and generate with a live line on stderr.
 
-    Raises what `load_prompted` does.
+    `speculate` is that of `generate`: rounds with drafts follow those without. Raises what
+    `load_prompted` does.
     """
     with live_line(f"loading {name}", quiet) as tell:
         loaded = load_prompted(name, prompt, new_tokens, dtype, options, tell)
@@ -57,10 +69,18 @@ def run(
                 generate(model, ids, new_tokens, watch(f"round {number}/{rounds}"))
                 for number in range(1, rounds + 1)
             )
+            speculative: tuple[Timing, ...] = ()
+            if speculate is not None:
+                generate(model, ids, new_tokens, watch("compiling drafts"), speculate)
+                speculative = tuple(
+                    generate(model, ids, new_tokens, watch(f"drafts {number}/{rounds}"), speculate)
+                    for number in range(1, rounds + 1)
+                )
     return OffloadDemo(
         prompt=prompt,
         text=loaded.tokenizer.decode(timings[-1].tokens),
         timings=timings,
+        speculative=speculative,
         report=report(model),
     )
 
@@ -70,12 +90,22 @@ def print_demo(shown: OffloadDemo, console: Console) -> None:
     console.print(shown.prompt, style="dim", markup=False, highlight=False, end="")
     console.print(shown.text, markup=False, highlight=False)
     console.print()
+    _print_rates("", shown.timings, console)
+    if shown.speculative:
+        _print_rates("with drafts ", shown.speculative, console)
+        same = "the same tokens" if shown.same_tokens else "other tokens where logits tie"
+        console.print(f"{same} both ways")
+    for one in shown.report.speculation:
+        print_speculation(one, console)
+    if shown.report.experts is not None:
+        print_experts(shown.report.experts, console)
+
+
+def _print_rates(what: str, timings: Sequence[Timing], console: Console) -> None:
     prefill, decode = (
-        statistics.median(getattr(one, rate) for one in shown.timings)
+        statistics.median(getattr(one, rate) for one in timings)
         for rate in ("prefill_rate", "decode_rate")
     )
     console.print(
-        f"prefill {prefill:.1f}, decode {decode:.1f} tokens/s (median)\n", highlight=False
+        f"{what}prefill {prefill:.1f}, decode {decode:.1f} tokens/s (median)\n", highlight=False
     )
-    if shown.report.experts is not None:
-        print_experts(shown.report.experts, console)

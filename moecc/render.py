@@ -40,6 +40,8 @@ def print_report(report: Report, console: Console) -> None:
         _print_list(eager.reasons, console)
     if report.experts:
         print_experts(report.experts, console)
+    for one in report.speculation:
+        print_speculation(one, console)
 
 
 def print_experts(experts: ExpertsReport, console: Console) -> None:
@@ -69,6 +71,26 @@ def print_experts(experts: ExpertsReport, console: Console) -> None:
         times = (f"{experts.guesses[side] * 1e3:.1f} ms {side}" for side in ("with", "without"))
         acted = "acted on" if experts.guesses["on"] else "not acted on"
         console.print(f"a decoding step takes {', '.join(times)} predictions; they are {acted} now")
+
+
+def print_speculation(speculation: dict[str, Any], console: Console) -> None:
+    """Print what drafts of one source gave, and what each depth would give."""
+    drafted, source = speculation["drafted"], speculation["source"]
+    share = f", {speculation['accepted'] / drafted:.0%} of them right" if drafted else ""
+    copied = speculation["copied_bytes"]
+    console.print(
+        f"drafts by {source}: {speculation['tokens']} tokens in {speculation['cycles']} passes, "
+        f"{drafted} drafted{share}" + (f"; copies of {copied / 1e6:,.1f} MB" if copied else "")
+    )
+    for one in speculation["depths"]:
+        chosen = " <- now" if one["k"] == speculation["k"] else ""
+        console.print(
+            f"  k={one['k']}: {one['tokens']:.2f} tokens / {one['seconds'] * 1e3:.1f} ms{chosen}",
+            highlight=False,
+        )
+    if speculation["blocks_without_copy"]:
+        calls = speculation["blocks_without_copy"]
+        console.print(f"  {calls} calls drafted with a block's own weights: it has no copy")
 
 
 def print_graph(graph: GraphReport, console: Console) -> None:

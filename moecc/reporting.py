@@ -12,6 +12,7 @@ from moecc.lenders import ExpertsReport, report_experts
 from moecc.passes.pipeline import Step
 from moecc.records import Record, all_records, notes_about
 from moecc.runtime.errors import InputError
+from moecc.speculation.known import speculations
 
 _NO_BLOCK = "no MoE block found"
 
@@ -57,6 +58,10 @@ class Report:
     eager: EagerReport | None
     experts: ExpertsReport | None
     """Where experts live that are not in the model's own tensors (`moecc.load`)."""
+    speculation: tuple[dict[str, Any], ...]
+    """Of each source of drafts: source, copied_bytes, blocks_without_copy (calls that drafted with
+    a block's own weights), cycles, drafted, accepted, tokens, chances (of the i-th drafted token
+    where those before it stayed), k, depths (k, tokens, seconds, rate: what each would give)"""
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def report(model: nn.Module) -> Report:
         graphs=tuple(map(graph_report, own)),
         eager=eager,
         experts=report_experts(model),
+        speculation=tuple(one.to_dict() for one in speculations(model)),
         notes=(*notes_about(model), *_notes(own, eager)),
     )
 

@@ -23,6 +23,7 @@ from moecc.runtime import bank
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.runtime.twins import is_foreseen, twin_of
 from moecc.runtime.watch import Use, uses
 
 ExpertsFn = Callable[
@@ -90,7 +91,10 @@ def run_experts(
         )
     calls[kernel] += 1
     run, adder_for = found
-    lender = lender_of(gate_up)
+    for watcher in uses:
+        use = Use(kernel=kernel, active=ids.shape[1], gate_up=gate_up, down=down, up=up)
+        watcher.append(use)
+    lender = twin_of(gate_up) or lender_of(gate_up)
     if lender is not None:
         if adder_for is None:
             raise InputError(f"kernel {kernel!r} reads no experts that are out of memory")
@@ -98,9 +102,6 @@ def run_experts(
             raise InputError(f"kernel {kernel!r} multiplies by a vector that is not on disk")
         adder = adder_for(lender.schemes)
         return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
-    for watcher in uses:
-        use = Use(kernel=kernel, active=ids.shape[1], gate_up=gate_up, down=down, up=up)
-        watcher.append(use)
     bank.refresh(gate_up)
     return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
 
@@ -131,7 +132,7 @@ def _experts_apart(
 def _prefetch(
     scores: torch.Tensor, weight: torch.Tensor, active: int, distance: int
 ) -> torch.Tensor:
-    lender = lender_of(weight)
+    lender = None if is_foreseen() else lender_of(weight)
     if lender is not None:
         lender.foretell(scores.reshape(-1, scores.shape[-1]), active, distance)
     return scores.new_empty(0)

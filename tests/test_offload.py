@@ -21,8 +21,8 @@ from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.offload.trace import Request
 from moecc.tiny import tiny_model
 from tests.loops import PutTogether, RouterApart, StackedSlices, WhereLoop
+from tests.passes.apart import ApartTwoChoices
 from tests.passes.dispatched import Stacked
-from tests.passes.test_apart import ApartTwoChoices
 from tests.passes.test_dense_gates import Dense
 from tests.passes.test_gathered import Biased, GptFast, MergedRows
 

@@ -17,6 +17,7 @@ import torch
 from moecc.runtime.offload.cache import Admission
 from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.home import Home
+from moecc.runtime.offload.load import DEMAND
 from moecc.runtime.offload.policy import Key
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.replay import groups_of
@@ -27,6 +28,7 @@ from moecc.runtime.offload.trace import Request
 from moecc.runtime.offload.trial import MOST_TOKENS
 from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.runtime.twins import is_foreseen
 
 WIDEN = 2
 """Guesses are ranked this many times as far as top-k, for those that just missed it."""
@@ -63,7 +65,7 @@ class Bank:
         Raises `StoreError` when an expert cannot be read; the next call is not affected.
         """
         wanted = self._experts(ids)
-        if self.number == 0:
+        if self.number == 0 and not is_foreseen():
             self.guesses.trial.begin(len(hidden))
         wide = torch.promote_types(self.store.layout.parts[0].dtype, torch.float32)
         onto = hidden.new_zeros(hidden.shape, dtype=wide)
@@ -106,6 +108,15 @@ class Bank:
         ranked = self._keys(cast(list[int], best.topk(width).indices.tolist()))
         with self.pool.lock:
             self.guesses.make(ranked, active, self.pool, self.store)
+
+    def foresee(self, ids: torch.Tensor) -> None:
+        """Start reading the experts that a draft named: the next call will ask for them.
+
+        They keep their slots until then; those of earlier blocks are read first.
+        """
+        with self.pool.lock:
+            named = self._keys(self._experts(ids))
+            self.pool.predict(self.store, named, 1, len(named), DEMAND + 1 + self.number)
 
     def _request(
         self, groups: Sequence[Sequence[int]], number: int, pinned: list[Admission]

@@ -64,14 +64,17 @@ class Pool:
         self._foretold -= foretold
         return admitted
 
-    def predict(self, store: Store, keys: Sequence[Key], due: int, most: int) -> list[Key]:
+    def predict(
+        self, store: Store, keys: Sequence[Key], due: int, most: int, priority: int | None = None
+    ) -> list[Key]:
         """Start loading experts, likeliest first, that a request `due` steps ahead may name.
 
-        Returns the experts that had to go for them.
+        Their loads have a `priority`, by default that of `due`. Returns the experts that had to go
+        for them.
         """
         self._drop_failed(keys)
         admitted = self.cache.predict(keys, self.cache.step + due, most)
-        self._load(store, admitted, DEMAND + due)
+        self._load(store, admitted, DEMAND + due if priority is None else priority)
         self._foretold.update(one.key for one in admitted)
         self.trace.counts.predicted += len(admitted)
         self.trace.add_guess(tuple(keys))

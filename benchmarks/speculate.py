@@ -1,0 +1,255 @@
+"""Time decoding with drafts beside decoding without, at the same memory.
+
+    python -m benchmarks.speculate --memory 50%,75% --link 400,1600 --json FILE --plot FOLDER
+    python -m benchmarks.speculate --corrupt 0.25,0.5,0.75,1
+
+The model is that of `benchmarks.offload`: the shipped one with its experts made larger. Its store
+lies in memory (`--store`, a folder of a tmpfs), behind a link that is held to so many megabytes a
+second that the ratio of compute to transfer can be that of a GPU behind PCIe. Every contender runs
+the same compiled model, the same kernels and the same tokens in the same memory: low-bit copies
+that a draft computes with are taken from the slots.
+
+    lru              on demand, all memory for slots
+    lru + prefetch   the next layer's experts predicted with its router
+    k=1, k=2, ...    drafts of so many tokens
+    auto             as many as the governor finds to pay, none among its choices
+
+Auto is compared with the best of the others, those without drafts among them. With `--corrupt`, a
+share of the drafted tokens is replaced by random ones: drafts that are wrong have to cost little.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import AutoTokenizer
+
+import moecc
+from benchmarks.offload import REFERENCE
+from benchmarks.offload_contenders import Contender, new_contender
+from benchmarks.timing import machine, table
+from benchmarks.widened import widen
+from moecc.generate import Timing, generate
+from moecc.lenders import banks_of, bound_to
+from moecc.runtime.depth import Depth
+from moecc.runtime.schemes.scheme import SCHEMES
+from moecc.runtime.twins import Twins
+from moecc.runtime.watch import watching
+from moecc.speculation import speculate as speculation
+from moecc.speculation.accept import Proposal
+from moecc.speculation.copies import Twin, add_copies
+from moecc.speculation.drafts import SelfDraft
+from moecc.speculation.known import Speculation
+
+TEXTS = {
+    "scripture": "In the beginning God created the heaven and the earth. And the earth was without",
+    "novel": '"My dear Emma," said Mr. Knightley, "you are a very extraordinary',
+    "code": "import os\n\n\nclass Reader:\n    def __init__(self, path):\n        self.path = path",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One contender in one cell."""
+
+    contender: str
+    memory: str
+    link: float
+    """Megabytes a second."""
+    text: str
+    corrupt: float
+    tokens_per_second: float
+    spread: tuple[float, float]
+    slots: int
+    accepted: float | None = None
+    """Of the drafted tokens."""
+    tokens_per_pass: float | None = None
+    megabytes_per_token: float
+    same_tokens: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Runner:
+    """One contender: its banks, and its drafts if it has any."""
+
+    banks: Contender
+    k: int | str | None = None
+    about: Speculation | None = None
+    timings: list[Timing] = field(default_factory=list[Timing])
+    read: int = 0
+
+    def round(self, model: Any, ids: torch.Tensor, new_tokens: int, counted: bool) -> None:
+        """Generate once."""
+        before = self.banks.link.bytes
+        with (
+            bound_to(model, self.banks.lender),
+            mock.patch.object(speculation, "known", self._known),
+        ):
+            make = None if self.k is None else partial(moecc.speculate, self.k)
+            timing = generate(model, ids, new_tokens, speculate=make)
+        if counted:
+            self.timings.append(timing)
+            self.read += self.banks.link.bytes - before
+
+    def _known(self, *_: Any) -> Speculation:
+        assert self.about is not None
+        return self.about
+
+
+def main() -> None:
+    """Run the benchmark as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--memory", default="50%,75%", help="parts of the experts, in per cent")
+    parser.add_argument("--link", default="400,1600", help="megabytes a second")
+    parser.add_argument("--draft", default="int3", help=f"of {[*SCHEMES]}")
+    parser.add_argument("--depths", default="1,2,4,8")
+    parser.add_argument("--text", default="scripture,novel,code", help=f"of {[*TEXTS]}")
+    parser.add_argument("--corrupt", default="0", help="shares of drafted tokens made random")
+    parser.add_argument("--widen", type=int, default=64, help="times the experts' size")
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--inner", default="inductor", help="compiles what is not MoE")
+    parser.add_argument("--store", type=Path, default=Path("/dev/shm"), help="a folder in memory")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.store) as folder:
+        rows = measure(widen(REFERENCE, Path(folder), arguments.widen), arguments)
+    results = [asdict(row) for row in rows]
+    if arguments.json:
+        given = {name: getattr(arguments, name) for name in ("widen", "draft", "new_tokens")}
+        record = {"machine": machine(), **given, "results": results}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    if arguments.plot:
+        from benchmarks.speculate_plots import plot
+
+        plot(results, arguments.plot)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+    """Time every contender in every cell, and print a table for each."""
+    model: Any = moecc.load(folder, expert_memory="100%")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    options = {"inner": arguments.inner}
+    model.forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
+    copies = Twins()
+    print(machine())
+    rows: list[Row] = []
+    for text in arguments.text.split(","):
+        ids = tokenizer(TEXTS[text], return_tensors="pt").input_ids
+        with watching() as uses:
+            plain = generate(model, ids, arguments.new_tokens)
+        if not copies.lenders:
+            copied = _copy(copies, uses, arguments.draft)
+        for memory in arguments.memory.split(","):
+            for link in map(float, arguments.link.split(",")):
+                for corrupt in map(float, arguments.corrupt.split(",")):
+                    cell = {"memory": memory, "link": link, "text": text, "corrupt": corrupt}
+                    runners = _runners(model, copies, copied, memory, link, arguments)
+                    with corrupted(corrupt, model.config.vocab_size):
+                        for number in range(1 + arguments.rounds):
+                            for one in runners.values():
+                                one.round(model, ids, arguments.new_tokens, number > 0)
+                    found = [_row(name, one, plain, cell) for name, one in runners.items()]
+                    _print(found, cell)
+                    rows += found
+    return rows
+
+
+def _copy(copies: Twins, uses: Any, draft: str) -> int:
+    """Make the copies once; the model's own banks keep their slots, as contenders have others."""
+    with (
+        mock.patch("moecc.runtime.offload.pool.Pool.shrink"),
+        mock.patch("moecc.speculation.copies._check_room"),
+    ):
+        return add_copies(copies, uses, SCHEMES[draft])
+
+
+def _runners(
+    model: Any, copies: Twins, copied: int, memory: str, link: float, arguments: Any
+) -> dict[str, Runner]:
+    own = banks_of(model)
+    stores = [bank.store for bank in own]
+    slots = int(float(memory.rstrip("%")) / 100 * stores[0].experts)
+    left = slots - -(-copied // (len(stores) * stores[0].layout.size))
+    runners = {
+        name: Runner(banks=new_contender(name, stores, slots)) for name in ("lru", "lru + prefetch")
+    }
+    depths: list[int | str] = [*map(int, arguments.depths.split(",")), "auto"]
+    for depth in depths:
+        banks = new_contender("lru + prefetch", stores, left)
+        lenders = {
+            place: Twin(copy=twin.copy, bank=banks.banks[twin.bank.number])
+            for place, twin in copies.lenders.items()
+            if isinstance(twin, Twin) and twin.bank is not None
+        }
+        about = Speculation(source=arguments.draft, depth=Depth(), twins=Twins(lenders={**lenders}))
+        name = depth if isinstance(depth, str) else f"k={depth}"
+        runners[name] = Runner(banks=banks, k=depth, about=about)
+    for one in runners.values():
+        one.banks.link.limit = link * 1e6
+    return runners
+
+
+@contextmanager
+def corrupted(share: float, vocabulary: int) -> Generator[None]:
+    """Replace a share of all drafted tokens by random ones inside."""
+    propose = SelfDraft.propose
+
+    def wrong(self: SelfDraft, ids: torch.Tensor, depth: int) -> Proposal:
+        right = propose(self, ids, depth).tokens
+        random = torch.randint(vocabulary, right.shape)
+        return Proposal(tokens=torch.where(torch.rand(right.shape) < share, random, right))
+
+    with mock.patch.object(SelfDraft, "propose", wrong if share else propose):
+        yield
+
+
+def _row(name: str, runner: Runner, plain: Timing, cell: dict[str, Any]) -> Row:
+    rates = [one.decode_rate for one in runner.timings]
+    about = runner.about
+    drafted = about is not None and about.drafted > 0
+    return Row(
+        contender=name,
+        **cell,
+        tokens_per_second=statistics.median(rates),
+        spread=(min(rates), max(rates)),
+        slots=runner.banks.banks[0].pool.slots,
+        accepted=about.accepted / about.drafted if about and drafted else None,
+        tokens_per_pass=about.tokens / about.cycles if about else None,
+        megabytes_per_token=runner.read / sum(len(one.tokens) for one in runner.timings) / 1e6,
+        same_tokens=all(one.tokens == plain.tokens for one in runner.timings),
+    )
+
+
+def _print(rows: Sequence[Row], cell: dict[str, Any]) -> None:
+    base = next(row for row in rows if row.contender == "lru").tokens_per_second
+    title = f"{cell['text']}, {cell['memory']}, {cell['link']:.0f} MB/s"
+    title += f", {cell['corrupt']:.0%} corrupted" if cell["corrupt"] else ""
+    lines = [[title, "tokens/s", "over lru", "slots", "right", "tokens a pass", "MB/token"]]
+    for row in rows:
+        right = "" if row.accepted is None else f"{row.accepted:.0%}"
+        a_pass = "" if row.tokens_per_pass is None else f"{row.tokens_per_pass:.2f}"
+        rate = row.tokens_per_second
+        cells = (f"{rate:.1f}", f"{rate / base:.2f}x", str(row.slots), right, a_pass)
+        lines.append([row.contender, *cells, f"{row.megabytes_per_token:.1f}"])
+    print(f"\n{table(lines)}")
+    auto = next(row for row in rows if row.contender == "auto").tokens_per_second
+    best = max(rows, key=lambda row: row.tokens_per_second if row.contender != "auto" else 0.0)
+    lost = 1 - auto / best.tokens_per_second
+    print(f"auto gives {lost:.1%} less than the best, {best.contender}")
+    different = [row.contender for row in rows if not row.same_tokens]
+    print(f"tokens differ: {different}" if different else "all gave the same tokens", flush=True)
+
+
+if __name__ == "__main__":
+    main()

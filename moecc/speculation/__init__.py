@@ -1,0 +1,1 @@
+"""Generate with drafts: see `moecc.speculate`."""

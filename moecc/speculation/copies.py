@@ -1,0 +1,189 @@
+"""Make the low-bit copies of a model's experts that a draft computes with."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from moecc.checkpoint.recipes import lay_out, layout_of
+from moecc.codegen.emit import adder_of, spec_of
+from moecc.codegen.spec import KernelSpec
+from moecc.runtime.errors import InputError, OptionError, UnsupportedSpec
+from moecc.runtime.offload.bank import Bank
+from moecc.runtime.offload.load import Load
+from moecc.runtime.offload.record import new_records
+from moecc.runtime.offload.resident import Resident
+from moecc.runtime.offload.stand_in import Lender, lender_of
+from moecc.runtime.ops import AddExpertsFn
+from moecc.runtime.schemes.packing import unpack_experts
+from moecc.runtime.schemes.scheme import Scheme, Schemes
+from moecc.runtime.twins import Twins
+from moecc.runtime.watch import Use
+
+_log = logging.getLogger("moecc.speculate")
+
+Matrices = dict[str, torch.Tensor]
+"""Of one expert [1, ., .], by the names of a record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Twin:
+    """A block's copy, which tells the block's cache what the draft asks for."""
+
+    copy: Resident
+    bank: Bank | None
+
+    @property
+    def schemes(self) -> Schemes | None:
+        """Of the copy."""
+        return self.copy.schemes
+
+    def run(
+        self,
+        add: AddExpertsFn,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *biases: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute the block with the copy, while the experts themselves are read."""
+        if self.bank is not None:
+            self.bank.foresee(ids)
+        return self.copy.run(add, hidden, ids, weights, *biases)
+
+    def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
+        """Do nothing: a draft names the experts themselves."""
+
+
+def add_copies(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> int:
+    """Copy the experts of those blocks that have no copy yet; returns the bytes of new copies.
+
+    `uses` are what a pass through the model read. Blocks whose kernels read no copies get none.
+    With `expert_memory`, each block's cache gives up the bytes of its copy. Raises `OptionError`
+    when it cannot, `StoreError` when an expert cannot be read, `InputError` when nothing ran on
+    moecc's kernels.
+    """
+    if not uses:
+        raise InputError(
+            "no experts of this model run on moecc's kernels, so there is nothing to draft with: "
+            "load it with moecc.load, or compile it with backend='moecc'"
+        )
+    new = {use.gate_up.data_ptr(): use for use in uses}
+    new = {place: use for place, use in new.items() if place not in twins.lenders}
+    plans = {place: plan for place, use in new.items() if (plan := _plan(use, scheme)) is not None}
+    for plan in plans.values():
+        _check_room(plan)
+    for place, plan in plans.items():
+        twins.lenders[place] = _copied(plan)
+        if plan.bank is not None:
+            plan.bank.pool.shrink(plan.slots_left)
+    made = sum(plan.bytes for plan in plans.values())
+    if made:
+        _log.info("copied the experts of %d blocks: %.1f MB", len(plans), made / 1e6)
+    return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Plan:
+    use: Use
+    spec: KernelSpec
+    lender: Lender | None
+    schemes: Schemes
+    bytes: int
+
+    @property
+    def bank(self) -> Bank | None:
+        return self.lender if isinstance(self.lender, Bank) else None
+
+    @property
+    def slots_left(self) -> int:
+        assert self.bank is not None
+        return self.bank.pool.slots - -(-self.bytes // self.bank.store.layout.size)
+
+
+def _plan(use: Use, scheme: Scheme) -> _Plan | None:
+    spec, schemes = spec_of(use.kernel), Schemes(first=scheme, second=scheme)
+    lender = lender_of(use.gate_up)
+    if use.gate_up.device.type != "cpu":
+        raise OptionError(
+            "drafts on low-bit copies run on CPUs so far; draft with another model: "
+            "moecc.speculate(draft=assistant)"
+        )
+    try:
+        adder_of(spec, "auto", schemes)
+    except UnsupportedSpec as error:
+        _log.warning("%s runs on its own weights in drafts: %s", spec.key, error)
+        return None
+    if spec.learned:
+        _log.warning("%s runs on its own weights in drafts: it multiplies by a vector", spec.key)
+        return None
+    layout = layout_of(use.tensors, spec, schemes)
+    return _Plan(
+        use=use,
+        spec=spec,
+        lender=lender,
+        schemes=schemes,
+        bytes=spec.experts * layout.size,
+    )
+
+
+def _check_room(plan: _Plan) -> None:
+    """Raise `OptionError` when a cache cannot give up what the copy takes."""
+    if plan.bank is None or plan.slots_left >= plan.use.active:
+        return
+    bank, least = plan.bank, plan.use.active * plan.bank.store.layout.size + plan.bytes
+    raise OptionError(
+        f"the draft's copies in {plan.schemes} take {plan.bytes / 1e6:.1f} MB of the "
+        f"{bank.pool.slots * bank.store.layout.size / 1e6:.1f} MB that {bank.store.name!r} has for "
+        f"experts, and a token needs {plan.use.active} of them: load the model with at least "
+        f"{least / 1e6:.1f} MB of expert_memory a block, or draft with fewer bits"
+    )
+
+
+def _copied(plan: _Plan) -> Twin:
+    layout = layout_of(plan.use.tensors, plan.spec, plan.schemes)
+    _, records = new_records(plan.spec.experts, layout)
+    for number, (spec, matrices) in enumerate(_experts(plan)):
+        records[number] = lay_out(matrices, layout, spec, plan.schemes)
+    copy = Resident(schemes=plan.schemes, tensors=layout.tensors(records))
+    return Twin(copy=copy, bank=plan.bank)
+
+
+def _experts(plan: _Plan) -> Iterator[tuple[KernelSpec, Matrices]]:
+    """Give the matrices of one expert after the other, and how they are laid out."""
+    packed = plan.lender.schemes if plan.lender is not None else None
+    spec = plan.spec
+    if packed is not None:
+        order = {"interleaved": False, "transposed": False, "down_transposed": False}
+        spec = replace(spec, split=spec.gated, **order)
+    for number in range(spec.experts):
+        if isinstance(plan.lender, Bank):
+            parts = _read(plan.lender, number)
+        else:
+            lent = plan.lender
+            tensors = lent.tensors if isinstance(lent, Resident) else plan.use.tensors
+            parts = {name: one.detach()[number : number + 1] for name, one in tensors.items()}
+        yield spec, parts if packed is None else _unpacked(parts, spec, packed)
+
+
+def _read(bank: Bank, expert: int) -> Matrices:
+    """Read an expert past the cache; raises `StoreError`."""
+    record = torch.empty(bank.store.layout.size, dtype=torch.uint8)
+    load = Load(bank.store, expert, record)
+    with bank.pool.lock:
+        bank.pool.link.submit(load)
+        bank.pool.link.wait(load)
+    return bank.store.layout.tensors(record.unsqueeze(0))
+
+
+def _unpacked(parts: Matrices, spec: KernelSpec, schemes: Schemes) -> Matrices:
+    """Give back the matrices that codes stand for, in the model's dtype."""
+    inner, outer = spec.intermediate, spec.hidden
+    shapes = {"gate_up": (1, inner, outer), "up": (1, inner, outer), "down": (1, outer, inner)}
+    return {
+        name: unpack_experts(
+            codes, shapes[name], schemes.second if name == "down" else schemes.first
+        ).to(spec.dtype)
+        for name, codes in parts.items()
+    }
