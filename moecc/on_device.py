@@ -13,7 +13,7 @@ from moecc.passes.options import Options
 from moecc.records import note
 from moecc.runtime.errors import OptionError, StrictError
 from moecc.runtime.offload.bank import Bank
-from moecc.runtime.offload.device import Device, new_device
+from moecc.runtime.offload.device import new_device
 from moecc.runtime.offload.device_link import DeviceLink, hold_in_memory
 from moecc.runtime.offload.home import Home
 from moecc.runtime.offload.link import Link
@@ -48,32 +48,18 @@ def bring_to_device(
             raise StrictError(f"strict=True and a scheme has no kernel on {device}: {why}")
         note(model, why)
     link = DeviceLink(other)
-    return [
-        _lender(one, lender, device, other, link, options, policy)
-        for one, lender in zip(absent, lenders, strict=True)
-    ]
-
-
-def _lender(
-    absent: Absent,
-    lender: Lender,
-    device: torch.device,
-    other: Device,
-    link: DeviceLink,
-    options: Options,
-    policy: Policy,
-) -> Lender:
-    if isinstance(lender, Resident):
-        tensors = {name: one.to(device) for name, one in lender.tensors.items()}
-        return Resident(schemes=lender.schemes, tensors=tensors)
-    assert isinstance(lender, Bank)
-    assert isinstance(lender.pool.link, Link)
-    return replace(
-        lender,
-        store=hold_in_memory(lender.store, lender.pool.link, other),
-        pool=Pool(lender.store.layout, lender.pool.slots, policy, link),
-        home=Home(add=_host_kernel(absent, lender)) if options.misses == "home" else None,
-    )
+    moved: list[Lender] = []
+    for one, lender in zip(absent, lenders, strict=True):
+        if isinstance(lender, Resident):
+            moved.append(lender.to(device))
+            continue
+        assert isinstance(lender, Bank)
+        assert isinstance(lender.pool.link, Link)
+        store = hold_in_memory(lender.store, lender.pool.link, other)
+        pool = Pool(store.layout, lender.pool.slots, policy, link)
+        home = Home(add=_host_kernel(one, lender)) if options.misses == "home" else None
+        moved.append(replace(lender, store=store, pool=pool, home=home))
+    return moved
 
 
 def _host_kernel(absent: Absent, bank: Bank) -> AddExpertsFn:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from rich.console import Console
@@ -105,17 +106,19 @@ def run(
     _check("--policy", policies, REPLAYED)
     _check("--predict", predictions, PREDICTIONS if profile is None else (*PREDICTIONS, GOVERNED))
     _check("--pool", pools, (OWN, SHARED))
-    rows = [
-        _row(recording, memory, by_benefit, pool, policy, one, profile)
-        for memory in memories
-        for pool in pools
-        for policy in policies
-        for one in predictions
-    ]
+    pooled = {OWN: recording, SHARED: recording.shared()}
+    rows: list[Row] = []
+    for memory, pool in product(memories, pools):
+        slots = _slots(pooled[pool], memory, by_benefit)
+        rows += [
+            _row(pooled[pool], memory, pool, slots, policy, one, profile)
+            for policy, one in product(policies, predictions)
+        ]
+    own = _slots(recording, OWN, False)
     return Replayed(
         recording=recording,
         profile=profile and profile.name,
-        own=_row(recording, OWN, False, OWN, recording.policy, "recorded", profile),
+        own=_row(recording, OWN, OWN, own, recording.policy, "recorded", profile),
         rows=tuple(rows),
     )
 
@@ -123,16 +126,13 @@ def run(
 def _row(
     recording: Recording,
     memory: str,
-    by_benefit: bool,
     pool: str,
+    slots: Sequence[int],
     policy: str,
     predictions: str,
     profile: Profile | None,
 ) -> Row:
     """Simulate if there is a profile: it counts what a replay counts."""
-    if pool == SHARED:
-        recording = recording.shared()
-    slots = _slots(recording, memory, by_benefit)
     simulated = None
     if profile is not None:
         simulated = simulate(recording, profile, slots, policy, predictions)

@@ -1,6 +1,6 @@
 """Lend a block's experts that are all in memory, packed in a scheme."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,6 +21,11 @@ class Resident:
         first = self.tensors["gate_up"]
         slots = torch.arange(len(first), dtype=torch.int64, device=first.device)
         object.__setattr__(self, "slots", slots)
+
+    def to(self, device: torch.device) -> "Resident":
+        """Give the same experts on a device."""
+        tensors = {name: one.to(device) for name, one in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     def run(
         self,
