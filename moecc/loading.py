@@ -17,7 +17,7 @@ from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.direct import find_store
 from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
-from moecc.checkpoint.folders import find_folder, is_gguf
+from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
@@ -46,6 +46,7 @@ from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trial import Trial
 from moecc.runtime.ops import AddExpertsFn
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.settling import settle_budget
 from moecc.transformers_experts import experts_spec
 
 _log = logging.getLogger("moecc.load")
@@ -203,25 +204,23 @@ def _load_checkpoint(
         return model, (), ()
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
-    recipes = find_recipes(model, absent, weights, options, calibration=calibration)
-    if options.expert_memory is not None and is_gguf(folder):
-        raise OptionError(
-            f"expert_memory= reads experts from safetensors, and {str(folder)!r} is a GGUF file; "
-            "leave expert_memory out, so that they are packed in memory"
-        )
     if options.expert_memory is None:
+        options = settle_budget(folder, dtype, options)
+        recipes = find_recipes(model, absent, weights, options, calibration=calibration)
         if calibration is not None:
             note(model, str(calibration))
         return model, absent, _packed_in_memory(recipes, progress)
-    stores = [find_store(recipe) for recipe in recipes]
-    direct = [store for store in stores if store is not None]
-    if len(direct) == len(stores):
-        return model, absent, make_banks(model, direct, [None] * len(direct), options)
-    target = _own_store(folder, options, recipes[0].dtype, calibration)
+    if options.quantize is None:
+        recipes = find_recipes(model, absent, weights, options)
+        direct = [one for one in map(find_store, recipes) if one is not None]
+        if len(direct) == len(recipes):
+            return model, absent, make_banks(model, direct, [None] * len(direct), options)
+    dtype = absent[0].tensors[0].dtype
+    target = _own_store(folder, options, dtype, calibration)
     _drop_damaged(target)
-    _log.info("packing %s into %s", folder, target)
-    dtype = recipes[0].dtype
-    pack(folder, target, options.quantize, dtype, progress, calibration=calibration)
+    if not is_packed(target):
+        _log.info("packing %s into %s", folder, target)
+        pack(folder, target, options.quantize, dtype, progress, calibration=calibration)
     made = replace(options, quantize=None)  # the store says what it has
     return _load_packed(target, find_weights(target), "auto", made)
 

@@ -33,6 +33,7 @@ from moecc.checkpoint.without_experts import make_skeleton
 from moecc.checkpoint.writing import write_records, write_tensors, write_text, write_whole
 from moecc.passes.options import Options
 from moecc.runtime.errors import StoreError
+from moecc.settling import settle_budget
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
@@ -58,7 +59,7 @@ def pack(
     `OptionError` for a bad `quantize`, `StoreError` for damaged or odd checkpoints, for weights
     that are not finite, and when `folder` holds something else.
     """
-    options = Options.parse({"quantize": quantize})
+    options = settle_budget(source, dtype, Options.parse({"quantize": quantize}))
     model, absent = make_skeleton(source, dtype)
     recipes = find_recipes(model, absent, find_weights(source), options, calibration=calibration)
     files = shards(source)
