@@ -6,7 +6,8 @@
 FOLDER is a checkpoint of `benchmarks.train_reference`. The expert weights of a model are replaced
 by what their codes stand for, and the rest stays as it is, so that contenders differ in nothing but
 the rounding of weights; all are calibration-free but the `calibrated` rows, which weigh errors by
-inputs seen on the last windows of each text, and these are not measured. `as run` rows are moecc's
+inputs seen on the last windows of each text, and the `compensated` ones, whose codes make up for
+each other's errors there; these windows are not measured. `as run` rows are moecc's
 own kernels, which round inputs to 8 bits too. `4.5bpw` shares out the bytes of the uniform scheme
 with as many bits, as `moecc.budgets` does. A row's last group may be short, and counts as one: the
 shipped model has rows of 48. Errors are standard errors over windows of text; differences are those
@@ -17,7 +18,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from moecc.sensitivity import measure_sensitivity
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 AS_RUN = ("int8", "int4", "int4-g32-zeros", "mxfp4", "fp8")
+COMPENSATED = ("int4-g32", "int4-g64", "int4-g32-zeros", "int3-g64")
 CALIBRATED = ("int4-g32", "int4-g64", "int4-g128", "int4-g32-zeros", "mxfp4", "int3-g64")
 BUDGETS = {"4.25bpw": "int4-g64", "4.5bpw": "int4-g32", "5bpw": "int4-g32-zeros"}
 """Whose bytes are shared out."""
@@ -122,7 +124,7 @@ class Subject:
 
     def calibrate(self) -> Calibration:
         """Run the checkpoint on the windows that are not measured."""
-        return calibrate(self._folder, self._seen)
+        return calibrate(self._folder, self._seen, compensate=True)
 
     def adopt(self, scheme: str | None = None) -> None:
         """Let moecc's kernels run the experts, in a scheme or as their weights are."""
@@ -215,22 +217,27 @@ def _round(subject: Subject, contender: Contender) -> None:
 
 
 def _calibrated(subject: Subject, names: Sequence[str]) -> Iterator[Measured]:
-    """Round each expert with the inputs that it was given."""
+    """Round each expert with the inputs that it was given, by column and compensated."""
     if not names:
         return
     calibration = subject.calibrate()
     print(calibration)
-    for scheme in (SCHEMES[name] for name in names):
+    kinds = [("moecc, calibrated", name) for name in names]
+    kinds += [("moecc, compensated", name) for name in COMPENSATED if name in names]
+    for family, scheme in ((family, SCHEMES[name]) for family, name in kinds):
         for path, weights in subject.matrices():
             block, _, name = path.rpartition(".")
-            inputs = [calibration.blocks[block].of(expert) for expert in range(len(weights))]
+            importance = calibration.blocks[block]
+            if family == "moecc, calibrated":
+                importance = replace(importance, products=None)
+            inputs = [importance.of(expert) for expert in range(len(weights))]
             place = PROJECTIONS.index(name)
             known = [
                 dequantize(quantize(one, scheme, seen and seen[place]), scheme)[:, : one.shape[1]]
                 for one, seen in zip(weights, inputs, strict=True)
             ]
             subject.write(path, torch.stack(known))
-        yield subject.measure(str(scheme), "moecc, calibrated", _bits(subject, scheme))
+        yield subject.measure(str(scheme), family, _bits(subject, scheme))
 
 
 def _bits(subject: Subject, scheme: Scheme) -> float:

@@ -16,12 +16,17 @@ WINDOW = 512
 
 
 def calibrate(
-    folder: Path, prompts: Sequence[str | torch.Tensor], dtype: torch.dtype | str = "auto"
+    folder: Path,
+    prompts: Sequence[str | torch.Tensor],
+    dtype: torch.dtype | str = "auto",
+    *,
+    compensate: bool = False,
 ) -> Calibration:
     """Run a checkpoint's model on prompts: texts, or token ids [T].
 
-    Raises `OptionError` without prompts of two tokens, `ModelError` when there is no tokenizer for
-    texts, and what loading raises.
+    With `compensate`, codes will make up for each other's errors (`schemes.compensate`). Raises
+    `OptionError` without prompts of two tokens, `ModelError` when there is no tokenizer for texts,
+    and what loading raises.
     """
     windows = [
         ids[start : start + WINDOW]
@@ -31,7 +36,7 @@ def calibrate(
     windows = [one for one in windows if len(one) > 1]
     if not windows:
         raise OptionError(f"calibrate is {list(prompts)!r}; it takes prompts of two tokens or more")
-    loaded = load_one_by_one(folder, dtype)
+    loaded = load_one_by_one(folder, dtype, products=compensate)
     with torch.no_grad():
         for ids in windows:
             loaded.model(input_ids=ids.unsqueeze(0), use_cache=False)

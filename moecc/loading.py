@@ -15,7 +15,6 @@ from moecc.calibrate import calibrate as measure
 from moecc.calibrate import check_calibrates
 from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.direct import find_store
-from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
@@ -59,6 +58,7 @@ def load(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     calibrate: Sequence[str | torch.Tensor] | None = None,
+    compensate: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Load a transformers model, its experts through a cache when `expert_memory` says so.
@@ -74,7 +74,8 @@ def load(
     experts are never all in memory; with both, into a packed store beside moecc's other caches,
     once. `progress` is called meanwhile with the bytes done and all of them. `calibrate` is a few
     prompts, texts or token ids [T], that the unquantized model is run on first, expert by expert:
-    errors then weigh as much as inputs are large.
+    errors then weigh as much as inputs are large. With `compensate`, codes of int4, int3 and int2
+    also make up for each other's errors: better, slower, and it takes E (H² + I²) floats a block.
 
     On a CUDA `device`, experts are in pinned host memory, and come into slots there, as many as
     `expert_memory` allows.
@@ -102,7 +103,9 @@ def load(
         seen = None
         if calibrate is not None:
             check_calibrates(chosen.quantize)
-            seen = measure(folder, calibrate, dtype)
+            seen = measure(folder, calibrate, dtype, compensate=compensate)
+        elif compensate:
+            raise OptionError("compensate needs prompts: give calibrate= too")
         model, absent, lenders = _load_checkpoint(folder, weights, dtype, chosen, progress, seen)
     model.to(device)
     lenders = _on_device(absent, lenders, torch.device(device), chosen)
@@ -184,6 +187,8 @@ def _load_packed(
         raise ModelError(f"{str(folder)!r} has experts of {sorted(blocks)}, which is not its model")
     if manifest.calibration:
         note(model, manifest.calibration)
+    if manifest.source.endswith(".gguf"):
+        note(model, "gguf weights outside of experts were dequantized when they were packed")
     stores = [open_store(folder, blocks[one.path]) for one in absent]
     schemes = [blocks[one.path].schemes for one in absent]
     return model, absent, make_banks(model, stores, schemes, options)
@@ -216,7 +221,7 @@ def _load_checkpoint(
         if len(direct) == len(recipes):
             return model, absent, make_banks(model, direct, [None] * len(direct), options)
     dtype = absent[0].tensors[0].dtype
-    target = _own_store(folder, options, dtype, calibration)
+    target = _own_store(folder, weights, options, dtype, calibration)
     _drop_damaged(target)
     if not is_packed(target):
         _log.info("packing %s into %s", folder, target)
@@ -305,10 +310,14 @@ def _drop_damaged(folder: Path) -> None:
 
 
 def _own_store(
-    folder: Path, options: Options, dtype: torch.dtype, calibration: Calibration | None
+    folder: Path,
+    weights: Weights,
+    options: Options,
+    dtype: torch.dtype,
+    calibration: Calibration | None,
 ) -> Path:
     """Say where the packed copy of a checkpoint goes."""
-    files = "".join(fingerprint(file) for file in shards(folder))
+    files = "".join(map(fingerprint, weights.files))
     what = f"{FORMAT} {folder.resolve()} {files} {options.quantize} {dtype} {calibration}"
     digest = hashlib.sha256(what.encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]

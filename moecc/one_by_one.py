@@ -1,9 +1,10 @@
 """Run a checkpoint's model with one expert in memory at a time.
 
 Experts are read from the checkpoint when a token needs them and computed in full precision by their
-torch definition; kept are the sums of squares of their inputs, and nothing else.
+torch definition; kept are sums of squares or products of their inputs, and nothing else.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.reference import add_experts_torch
 from moecc.codegen.spec import KernelSpec
 from moecc.passes.options import Options
+from moecc.runtime.errors import OptionError
 from moecc.runtime.offload.stand_in import put_in
 from moecc.transformers_experts import experts_spec
 
@@ -62,31 +64,35 @@ class _Observer:
             tensors = layout.tensors(record)
             matrices = (tensors["gate_up"], tensors["down"], *biases)
             add_experts_torch(
-                self.spec, onto, slots, hidden, ids, weights, *matrices, seen=self._note
+                self.spec, onto, slots, hidden, ids, weights, *matrices, seen=self.importance.add
             )
         return onto.to(hidden.dtype)
-
-    def _note(self, expert: int, inputs: torch.Tensor, activated: torch.Tensor) -> None:
-        self.importance.first[expert] += inputs.float().square().sum(0)
-        self.importance.second[expert] += activated.float().square().sum(0)
-        self.importance.seen[expert] += len(inputs)
 
     def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
         """Do nothing."""
 
 
-def load_one_by_one(folder: Path, dtype: torch.dtype | str) -> OneByOne:
-    """Load the model of a checkpoint so; raises what loading raises."""
+def load_one_by_one(folder: Path, dtype: torch.dtype | str, *, products: bool = False) -> OneByOne:
+    """Load the model of a checkpoint so; `products` are those of `Importance`.
+
+    Raises `OptionError` when products take more memory than there is, and what loading raises.
+    """
     weights = find_weights(folder)
     model, absent = load_model(folder, dtype, weights=weights)
     recipes = find_recipes(model, absent, weights, Options(), keep_codes=False)
+    specs = [experts_spec(one.module, *one.tensors) for one in absent]
+    if products:
+        _check_memory(sum(4 * e.experts * (e.hidden**2 + e.intermediate**2) for e in specs))
     importance: dict[str, Importance] = {}
-    for one, recipe in zip(absent, recipes, strict=True):
-        spec = experts_spec(one.module, *one.tensors)
+    for one, recipe, spec in zip(absent, recipes, specs, strict=True):
+        count, *sizes = spec.experts, spec.hidden, spec.intermediate
+        first, second = (torch.zeros(count, size) for size in sizes)
+        square = [torch.zeros(count, size, size) for size in sizes] if products else None
         importance[one.path] = Importance(
-            first=torch.zeros(spec.experts, spec.hidden),
-            second=torch.zeros(spec.experts, spec.intermediate),
-            seen=torch.zeros(spec.experts, dtype=torch.int64),
+            first=first,
+            second=second,
+            seen=torch.zeros(count, dtype=torch.int64),
+            products=None if square is None else (square[0], square[1]),
         )
         lender = _Observer(recipe=recipe, spec=spec, importance=importance[one.path])
         put_in(one.module, list(one.names), list(one.tensors), lender)
@@ -95,3 +101,13 @@ def load_one_by_one(folder: Path, dtype: torch.dtype | str) -> OneByOne:
     assert backend.moecc  # importing it installs the hooks
     capture.adopt(model, Options())
     return OneByOne(model=model, absent=absent, recipes=recipes, importance=importance)
+
+
+def _check_memory(size: int) -> None:
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text() if info.is_file() else "")
+    if found and size > int(found[1]) * 1024:
+        raise OptionError(
+            f"compensate= holds {size:,} bytes of products of inputs, and "
+            f"{int(found[1]) * 1024:,} are free; leave it out, and errors weigh by column"
+        )

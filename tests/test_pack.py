@@ -154,7 +154,7 @@ def test_stopped_between_any_two_files_it_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write_shard", write)
-        patch.setattr(module, "write_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "write_pieces", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(source, tmp_path / "stopped")
     written_before = len(written)
