@@ -235,6 +235,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
         pack(folder, tmp_path / "packed", "int4")
 
 
+def test_weights_that_are_no_floats_are_named(tmp_path: Path) -> None:
+    folder = make(tmp_path / "source")
+    change(folder, "model.layers.1.mlp.experts.5.down_proj.weight", lambda one: one.to(torch.int8))
+    with pytest.raises(
+        StoreError, match=r"expert 5 of '.*1.mlp.experts'.*second product are .*int8"
+    ):
+        pack(folder, tmp_path / "packed", "int4")
+
+
 def test_experts_of_zeros_are_packed(tmp_path: Path) -> None:
     folder = make(tmp_path / "source")
     for part in ("gate", "up", "down"):

@@ -171,7 +171,10 @@ def _record(recipe: Recipe, expert: int) -> torch.Tensor:
     first, second = (piece.select(expert) for piece in recipe.pieces)
     if recipe.kept and recipe.schemes is not None and recipe.spec is not None:
         return _joined(packed_codes(recipe.spec, recipe.schemes, (first, second)), recipe.layout)
-    matrices = (piece.read(read_tensor) for piece in (first, second))
+    matrices = [piece.read(read_tensor) for piece in (first, second)]
+    for name, matrix in zip(("first", "second"), matrices, strict=True):
+        if not matrix.is_floating_point():
+            raise InputError(f"the weights of its {name} product are {matrix.dtype}, not floats")
     gate_up, down = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
     tensors = {"gate_up": gate_up, "down": down}
     importance = None if recipe.importance is None else recipe.importance.of(expert)
