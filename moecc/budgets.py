@@ -70,7 +70,6 @@ def choose(
     """Give each projection, by its path, the name of a scheme; a few experts are read, one by one.
 
     `sensitivity` is what a relative squared error of a block weighs, by the block's path.
-
     Raises `OptionError` without matrices, or when the smallest schemes take more bits a weight.
     """
     if not matrices:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from moecc.runtime.errors import OptionError
+from moecc.runtime.errors import MoeccError, OptionError
 
 _TEXTS, _LENGTH, _REDRAWN = 4, 64, 2
 _NOISE = 0.2
@@ -37,6 +37,8 @@ def measure_sensitivity(model: nn.Module, blocks: Mapping[str, nn.Module]) -> di
         language: Any = next(one for one in model.modules() if hasattr(one, "base_model"))
         changes = [_changes(language.base_model, text, blocks) for text in _make_up(language)]
         return dict(zip(blocks, _numbers(torch.stack(changes).mean(0).sqrt()), strict=True))
+    except MoeccError:
+        raise  # an expert could not be read
     except (StopIteration, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise OptionError(
             "sharing bits runs the model on token ids to see where errors reach, and "

@@ -226,13 +226,15 @@ def change(folder: Path, name: str, alter: Any) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "scheme"), [(torch.inf, "int4"), (torch.nan, "int4"), (torch.nan, "5bpw")]
+)
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float, scheme: str) -> None:
     folder = make(tmp_path / "source")
     name = "model.layers.1.mlp.experts.5.up_proj.weight"
     change(folder, name, lambda tensor: tensor.index_fill(0, torch.tensor([3]), value))
     with pytest.raises(StoreError, match=r"expert 5 of 'model.layers.1.mlp.experts'.*inf or NaN"):
-        pack(folder, tmp_path / "packed", "int4")
+        pack(folder, tmp_path / "packed", scheme)
 
 
 def test_weights_that_are_no_floats_are_named(tmp_path: Path) -> None:

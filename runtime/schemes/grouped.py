@@ -11,6 +11,7 @@ error instead: it rounds, solves for the best scale (and zero) of these codes, a
 from several ranges, some of which clip. With zeros the first turns are half-quadratic (Badri and
 Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023): the part of an error
 beyond what a root-norm bears is taken out before solving, so that clipped weights do not pull.
+Last, groups are stretched to the size of their weights, of which least squares leaves a part out.
 """
 
 from dataclasses import replace
