@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moecc
-from moecc import one_by_one
+from moecc import one_by_one, packing
 from moecc.calibrate import calibrate
 from moecc.checkpoint import pack as module
 from moecc.checkpoint.calibration import Calibration
@@ -182,6 +182,8 @@ def test_what_cannot_be_compensated_is_refused(
 ) -> None:
     with pytest.raises(OptionError, match="compensate needs prompts"):
         moecc.load(source, quantize="int4", compensate=True)
+    with pytest.raises(OptionError, match="give --calibrate too"):
+        packing.run(str(source), source / "packed", "int4", "auto", quiet=True, compensate=True)
     monkeypatch.setattr(Path, "read_text", lambda _: "MemAvailable:   100 kB")
     with pytest.raises(OptionError, match=r"holds 327,680 bytes of products.*102,400 are free"):
         one_by_one._check_memory(327_680)
