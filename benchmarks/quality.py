@@ -6,18 +6,20 @@
 FOLDER is a checkpoint of `benchmarks.train_reference`. The expert weights of a model are replaced
 by what their codes stand for, and the rest stays as it is, so that contenders differ in nothing but
 the rounding of weights; all are calibration-free but the `calibrated` rows, which weigh errors by
-inputs seen on the last windows of each text, and these are not measured. `as run` rows are moecc's
-own kernels, which round inputs to 8 bits too. `4.5bpw` is the budget of
-`moecc.runtime.schemes.budget`, beside the uniform scheme with as many bits. Bits are those of rows
-that whole groups fill: the shipped model's rows of 48 take more. Results are written after each
-model.
+inputs seen on the last windows of each text, and the `compensated` ones, whose codes make up for
+each other's errors there; these windows are not measured. `as run` rows are moecc's
+own kernels, which round inputs to 8 bits too. `4.5bpw` shares out the bytes of the uniform scheme
+with as many bits, as `moecc.budgets` does. A row's last group may be short, and counts as one: the
+shipped model has rows of 48. Errors are standard errors over windows of text; differences are those
+to moecc's int4-g32, window by window. Results are written after each model.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,24 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.perplexity import ROWS, WINDOW, find_texts
-from benchmarks.rounding import Contender, contenders, missing
+from benchmarks.rounding import Contender, contenders, missing, scheme_bits
 from benchmarks.timing import machine, table
+from moecc.budgets import reach_of
 from moecc.calibrate import calibrate
 from moecc.checkpoint.calibration import Calibration
 from moecc.runtime.schemes.budget import CANDIDATES, allocate, relative_error
 from moecc.runtime.schemes.packing import dequantize, quantize
 from moecc.runtime.schemes.scheme import SCHEMES, Scheme
+from moecc.sensitivity import measure_sensitivity
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 AS_RUN = ("int8", "int4", "int4-g32-zeros", "mxfp4", "fp8")
+COMPENSATED = ("int4-g32", "int4-g64", "int4-g32-zeros", "int3-g64")
 CALIBRATED = ("int4-g32", "int4-g64", "int4-g128", "int4-g32-zeros", "mxfp4", "int3-g64")
-BUDGETS = (4.25, 4.5, 5.0)
+BUDGETS = {"4.25bpw": "int4-g64", "4.5bpw": "int4-g32", "5bpw": "int4-g32-zeros"}
+"""Whose bytes are shared out."""
+BESIDE = "int4-g32"
+"""Everything is compared with it."""
 KEPT = 4
 """Windows of each text that calibration sees."""
 
@@ -52,11 +60,29 @@ class Measured:
     bits: float
     kl: float
     """Mean over tokens of KL(unquantized, quantized), in nats."""
+    kl_error: float
+    """Its standard error."""
+    kl_beside: float
+    """Less the KL of int4-g32."""
+    kl_beside_error: float
     perplexity: float
     change: float
     """Of perplexity, relative to the unquantized model."""
+    change_error: float
+    change_beside: float
+    """Relative to int4-g32."""
+    change_beside_error: float
     agreement: float
     """Share of tokens whose most likely successor stays the same."""
+
+    def __str__(self) -> str:
+        """Give one line."""
+        return (
+            f"{self.family:>17} {self.name:<16} {self.bits:5.3f} bits  KL {self.kl:.5f} "
+            f"±{self.kl_error:.5f} ({self.kl_beside:+.5f} ±{self.kl_beside_error:.5f})  perplexity "
+            f"{self.change:+.2%} ±{self.change_error:.2%} ({self.change_beside:+.2%} "
+            f"±{self.change_beside_error:.2%})  same {self.agreement:.2%}"
+        )
 
 
 class Subject:
@@ -83,10 +109,22 @@ class Subject:
         }
         self.adopt()
         self._said = [self._log_likelihoods(batch) for batch in self._batches]
+        self._beside: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def bits(self, of_rows: Callable[[int], float]) -> float:
+        """Average bits per weight, given those of rows of so many columns."""
+        sizes = {path: one.numel() for path, one in self._own.items()}
+        total = sum(of_rows(one.shape[-1]) * sizes[path] for path, one in self._own.items())
+        return total / sum(sizes.values())
+
+    def sensitivity(self) -> dict[str, float]:
+        """Say what errors of each block weigh, by its path."""
+        paths = dict.fromkeys(path.rpartition(".")[0] for path in self._own)
+        return measure_sensitivity(self._model, {p: self._model.get_submodule(p) for p in paths})
 
     def calibrate(self) -> Calibration:
         """Run the checkpoint on the windows that are not measured."""
-        return calibrate(self._folder, self._seen)
+        return calibrate(self._folder, self._seen, compensate=True)
 
     def adopt(self, scheme: str | None = None) -> None:
         """Let moecc's kernels run the experts, in a scheme or as their weights are."""
@@ -108,19 +146,32 @@ class Subject:
             self.write(path, weights)
 
     def measure(self, name: str, family: str, bits: float) -> Measured:
-        """Compare what the model says now with what it said unquantized."""
-        kl = loss = base = agreed = 0.0
+        """Compare what the model says now with what it said unquantized, and with `BESIDE`.
+
+        The first that is measured is `BESIDE`.
+        """
+        kls, losses = list[torch.Tensor](), list[torch.Tensor]()  # of each window
+        total, agreed = 0.0, 0.0
         for batch, own in zip(self._batches, self._said, strict=True):
             now, targets = self._log_likelihoods(batch), batch[:, 1:].flatten()
-            kl += float(F.kl_div(now, own, log_target=True, reduction="sum"))
-            loss += float(F.nll_loss(now, targets, reduction="sum"))
-            base += float(F.nll_loss(own, targets, reduction="sum"))
+            lost = F.nll_loss(now, targets, reduction="none")
+            before = F.nll_loss(own, targets, reduction="none")
+            kl = F.kl_div(now, own, log_target=True, reduction="none").sum(-1)
+            kls.append(kl.double().view(len(batch), -1).mean(1))
+            losses.append((lost - before).double().view(len(batch), -1).mean(1))
+            total += float(before.sum())
             agreed += float((now.argmax(-1) == own.argmax(-1)).sum())
-        count = self.tokens
+        kl, loss = torch.cat(kls), torch.cat(losses)
+        self._beside = self._beside or (kl, loss)
+        changed, beside = _mean(loss), _mean(loss - self._beside[1])
         return Measured(
-            model=self.name, name=name, family=family, bits=round(bits, 4), kl=kl / count,
-            perplexity=math.exp(loss / count), change=math.expm1((loss - base) / count),
-            agreement=agreed / count,
+            model=self.name, name=name, family=family, bits=round(bits, 4),
+            kl=_mean(kl), kl_error=_error(kl),
+            kl_beside=_mean(kl - self._beside[0]), kl_beside_error=_error(kl - self._beside[0]),
+            perplexity=math.exp(total / self.tokens + changed),
+            change=math.expm1(changed), change_error=_error(loss),
+            change_beside=math.expm1(beside), change_beside_error=_error(loss - self._beside[1]),
+            agreement=agreed / self.tokens,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -129,18 +180,29 @@ class Subject:
         return logits.log_softmax(-1).flatten(0, 1)
 
 
+def _mean(windows: torch.Tensor) -> float:
+    return float(windows.mean())
+
+
+def _error(windows: torch.Tensor) -> float:
+    """Give the standard error of the mean over windows."""
+    return float(windows.std() / math.sqrt(len(windows)))
+
+
 def measure_all(subject: Subject, names: Sequence[str]) -> Iterator[Measured]:
-    """Measure every contender, or those of some names: with what moecc's kernels make of them."""
-    for contender in contenders():
-        if not names or contender.name in names:
+    """Measure `BESIDE` and every contender, or those of some names."""
+    every = sorted(contenders(), key=lambda one: (one.family, one.name) != ("moecc", BESIDE))
+    for contender in every:
+        if not names or contender.name in {*names, BESIDE}:
             _round(subject, contender)
-            yield subject.measure(contender.name, contender.family, contender.bits)
+            bits = subject.bits(contender.bits)
+            yield subject.measure(contender.name, contender.family, bits)
     yield from _calibrated(subject, [one for one in CALIBRATED if not names or one in names])
-    yield from _budgets(subject, [one for one in BUDGETS if not names or f"{one}bpw" in names])
+    yield from _budgets(subject, [one for one in BUDGETS if not names or one in names])
     subject.restore()
     for name in (one for one in AS_RUN if not names or one in names):
         subject.adopt(name)
-        yield subject.measure(name, "moecc, as run", SCHEMES[name].bits_per_weight)
+        yield subject.measure(name, "moecc, as run", _bits(subject, SCHEMES[name]))
     subject.adopt()
 
 
@@ -155,46 +217,58 @@ def _round(subject: Subject, contender: Contender) -> None:
 
 
 def _calibrated(subject: Subject, names: Sequence[str]) -> Iterator[Measured]:
-    """Round each expert with the inputs that it was given."""
+    """Round each expert with the inputs that it was given, by column and compensated."""
     if not names:
         return
     calibration = subject.calibrate()
     print(calibration)
-    for scheme in (SCHEMES[name] for name in names):
+    kinds = [("moecc, calibrated", name) for name in names]
+    kinds += [("moecc, compensated", name) for name in COMPENSATED if name in names]
+    for family, scheme in ((family, SCHEMES[name]) for family, name in kinds):
         for path, weights in subject.matrices():
             block, _, name = path.rpartition(".")
-            inputs = [calibration.blocks[block].of(expert) for expert in range(len(weights))]
+            importance = calibration.blocks[block]
+            if family == "moecc, calibrated":
+                importance = replace(importance, products=None)
+            inputs = [importance.of(expert) for expert in range(len(weights))]
             place = PROJECTIONS.index(name)
             known = [
                 dequantize(quantize(one, scheme, seen and seen[place]), scheme)[:, : one.shape[1]]
                 for one, seen in zip(weights, inputs, strict=True)
             ]
             subject.write(path, torch.stack(known))
-        yield subject.measure(str(scheme), "moecc, calibrated", scheme.bits_per_weight)
+        yield subject.measure(str(scheme), family, _bits(subject, scheme))
 
 
-def _budgets(subject: Subject, budgets: Sequence[float]) -> Iterator[Measured]:
-    """Share bits among blocks and projections by relative error, weighed by their size."""
+def _bits(subject: Subject, scheme: Scheme) -> float:
+    return subject.bits(partial(scheme_bits, scheme))
+
+
+def _budgets(subject: Subject, names: Sequence[str]) -> Iterator[Measured]:
+    """Share bits among blocks and projections, with every expert's error."""
+    if not names:
+        return
     own = {path: weights.flatten(0, 1) for path, weights in subject.matrices()}
     weights = sum(flat.numel() for flat in own.values())
+    reach = reach_of(own, subject.sensitivity())
     errors = [
-        [relative_error([flat], one) * flat.numel() for one in CANDIDATES] for flat in own.values()
+        [relative_error([flat], one) * reach[path] for one in CANDIDATES]
+        for path, flat in own.items()
     ]
     sizes = [[_bytes(flat, one) for one in CANDIDATES] for flat in own.values()]
-    for bits in budgets:
-        picked = allocate(errors, sizes, int(bits * weights / 8))
-        chosen = [CANDIDATES[number] for number in picked]
+    for name in names:
+        budget = sum(_bytes(flat, SCHEMES[BUDGETS[name]]) for flat in own.values())
+        chosen = [CANDIDATES[number] for number in allocate(errors, sizes, budget)]
         for (path, flat), scheme in zip(own.items(), chosen, strict=True):
             known = dequantize(quantize(flat, scheme), scheme)[:, : flat.shape[1]]
             subject.write(path, known)
         spent = sum(map(_bytes, own.values(), chosen))
-        counts = ", ".join(f"{chosen.count(one)} {one}" for one in dict.fromkeys(chosen))
-        print(f"{bits}bpw: {counts}")
-        yield subject.measure(f"{bits}bpw", "moecc, mixed", 8 * spent / weights)
+        print(f"{name}: {', '.join(map(str, chosen))}")
+        yield subject.measure(name, "moecc, mixed", 8 * spent / weights)
 
 
 def _bytes(flat: torch.Tensor, scheme: Scheme) -> int:
-    return int(flat.numel() * scheme.bits_per_weight / 8)
+    return round(flat.numel() * scheme_bits(scheme, flat.shape[1]) / 8)
 
 
 def _write(rows: list[Measured], results: Path | None, picture: Path | None) -> None:
@@ -247,11 +321,7 @@ def main() -> None:
         print(f"{subject.name}: {subject.tokens} tokens", flush=True)
         for row in measure_all(subject, args.only):
             rows.append(row)
-            print(
-                f"{row.family:>14} {row.name:<16} {row.bits:5.3f} bits  KL {row.kl:.6f}  "
-                f"perplexity {row.change:+.2%}  same {row.agreement:.2%}",
-                flush=True,
-            )
+            print(row, flush=True)
         _write(rows, args.json, args.plot)
     for model in dict.fromkeys(row.model for row in rows):
         mine = sorted((row for row in rows if row.model == model), key=lambda row: row.bits)

@@ -3,6 +3,7 @@
 Peers are optional: `pip install hqq gguf torchao`. A peer that is not there is left out by name.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,27 +26,59 @@ class Contender:
     name: str
     family: str
     """`moecc`, `nearest` (moecc's formats, plain rounding), or whose it is."""
-    bits: float
-    """Per weight, scales counted, of rows that whole groups fill."""
+    codes: int
+    """Bits of one."""
+    shared: float
+    """Bits of what a group, or a row, has in common: scale and zero."""
+    group: int | None
+    """Weights of one; None: whole rows."""
     rounded: Rounding
+
+    def bits(self, columns: int) -> float:
+        """Give those per weight of rows of so many columns, whose last group may be short."""
+        return bits(self.codes, self.shared, self.group, columns)
+
+
+def bits(codes: int, shared: float, group: int | None, columns: int) -> float:
+    """Give bits per weight of codes and what their groups share."""
+    return codes + shared * (math.ceil(columns / group) if group else 1) / columns
+
+
+def scheme_bits(scheme: Scheme, columns: int) -> float:
+    """Give bits per weight of a scheme of ours."""
+    return bits(scheme.bits, _shared(scheme), scheme.group, columns)
+
+
+def _shared(scheme: Scheme) -> float:
+    return scheme.scale.itemsize * 8 * (2 if scheme.zeros else 1) / scheme.rows
 
 
 def contenders() -> Iterator[Contender]:
     """Give moecc's schemes, the same rounded to nearest, and the peers that are there."""
     yield from _own(one for one in SCHEMES.values() if one.bits >= 4)
     if find_spec("gguf"):
-        for kind, bits in (("Q8_0", 8.5), ("Q4_0", 4.5), ("Q4_1", 5.0), ("MXFP4", 4.25)):
-            yield Contender(name=kind, family="llama.cpp", bits=bits, rounded=partial(_gguf, kind))
+        for kind, codes, shared in (
+            ("Q8_0", 8, 16),
+            ("Q4_0", 4, 16),
+            ("Q4_1", 4, 32),
+            ("MXFP4", 4, 8),
+        ):
+            yield Contender(
+                name=kind, family="llama.cpp", codes=codes, shared=shared, group=32,
+                rounded=partial(_gguf, kind),
+            )  # fmt: skip
     if find_spec("hqq"):
-        for bits, group in ((8, 64), (4, 32), (4, 64), (4, 128), (3, 64), (2, 64)):
-            rounded = partial(_hqq, bits, group)
-            stored = bits + 32 / group  # scale and zero in float16
-            yield Contender(name=f"{bits} g{group}", family="hqq", bits=stored, rounded=rounded)
+        for codes, group in ((8, 64), (4, 32), (4, 64), (4, 128), (3, 64), (2, 64)):
+            yield Contender(
+                name=f"{codes} g{group}", family="hqq", codes=codes, shared=32, group=group,
+                rounded=partial(_hqq, codes, group),
+            )  # fmt: skip
     if find_spec("torchao"):
         for group in (32, 64, 128):
-            rounded = partial(_torchao, group)
-            stored = 4 + 16 / group
-            yield Contender(name=f"int4 g{group}", family="torchao", bits=stored, rounded=rounded)
+            yield Contender(
+                name=f"int4 g{group}", family="torchao", codes=4, shared=16, group=group,
+                rounded=partial(_torchao, group),
+            )  # fmt: skip
     yield from _own(one for one in SCHEMES.values() if one.bits < 4 and one.group == 64)
 
 
@@ -55,11 +88,9 @@ def _own(schemes: Iterable[Scheme]) -> Iterator[Contender]:
         for family, quantize in (("moecc", packing.quantize), ("nearest", packing.nearest)):
             if family == "moecc" or scheme.bits < 8:
                 yield Contender(
-                    name=str(scheme),
-                    family=family,
-                    bits=scheme.bits_per_weight,
-                    rounded=partial(_ours, quantize, scheme),
-                )
+                    name=str(scheme), family=family, codes=scheme.bits, shared=_shared(scheme),
+                    group=scheme.group, rounded=partial(_ours, quantize, scheme),
+                )  # fmt: skip
 
 
 def missing() -> list[str]:

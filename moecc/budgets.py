@@ -5,13 +5,14 @@ weights. So the choice is made where the whole model is at hand: when it is give
 or when `moecc.load` or `moecc pack` has looked through its checkpoint.
 What the backend is given then is a mapping, as a user could have written it, and reports show it.
 
-Errors are those of a few experts of each matrix, and all experts of a block get the same scheme:
-one call of a kernel reads all of them.
+An error weighs as much as it reaches: that of a block (`moecc.sensitivity`) times that of a
+projection within its block. All experts of a block get the same scheme, since one call of a kernel
+reads all of them, and a few of them tell how well a scheme fits.
 """
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +24,13 @@ from moecc.runtime.errors import InputError, OptionError
 from moecc.runtime.modules import named_modules
 from moecc.runtime.schemes.budget import CANDIDATES, allocate, relative_error
 from moecc.runtime.schemes.packing import packed_bytes
+from moecc.sensitivity import measure_sensitivity
 
 _SAMPLE = 4
 """Experts of a matrix whose errors stand for all."""
+_REACH = {"gate_up_proj": 0.5, "down_proj": 1.0}
+"""What a relative error changes in a block's output: much of gate's and up's is where gates are
+shut (0.1 to 0.8 of what down's changes, by block of the shipped model; docs/decisions/0022)."""
 _chosen: "weakref.WeakKeyDictionary[nn.Module, dict[float, dict[str, str]]]" = (
     weakref.WeakKeyDictionary()
 )
@@ -43,21 +48,28 @@ class Matrices:
 def resolve(model: nn.Module, options: Options) -> Options:
     """Replace a number of bits a weight by schemes; other options stay as they are.
 
-    A model keeps its choice for as long as it lives. Raises `OptionError` when it has no fused
-    experts with weights, or the smallest schemes take more.
+    A model keeps its choice for as long as it lives, and is run on made-up tokens for it. Raises
+    `OptionError` when it has no fused experts with weights, cannot be run so, or the smallest
+    schemes take more.
     """
     bits = options.budget
     if bits is None:
         return options
     known = _chosen.setdefault(model, {})
     if bits not in known:
-        known[bits] = choose(dict(_matrices(model)), bits)
+        matrices = dict(_matrices(model))
+        paths = dict.fromkeys(name.rpartition(".")[0] for name in matrices)
+        blocks = {path: model.get_submodule(path) for path in paths}
+        known[bits] = choose(matrices, bits, measure_sensitivity(model, blocks) if blocks else {})
     return replace(options, quantize=known[bits])
 
 
-def choose(matrices: Mapping[str, Matrices], bits: float) -> dict[str, str]:
+def choose(
+    matrices: Mapping[str, Matrices], bits: float, sensitivity: Mapping[str, float]
+) -> dict[str, str]:
     """Give each projection, by its path, the name of a scheme; a few experts are read, one by one.
 
+    `sensitivity` is what a relative squared error of a block weighs, by the block's path.
     Raises `OptionError` without matrices, or when the smallest schemes take more bits a weight.
     """
     if not matrices:
@@ -65,18 +77,28 @@ def choose(matrices: Mapping[str, Matrices], bits: float) -> dict[str, str]:
             f"quantize='{bits:g}bpw' found no fused expert weights in this model to choose for; "
             "give a mapping such as {'*.down_proj': 'int8', '*': 'int4'}"
         )
+    reach = reach_of(matrices, sensitivity)
     counts = [math.prod(one.shape) for one in matrices.values()]
     errors: list[list[float]] = []
     sizes: list[list[int]] = []
-    for (experts, rows, columns), some in ((one.shape, _some(one)) for one in matrices.values()):
-        weigh = experts * rows * columns
-        errors.append([relative_error(some, scheme) * weigh for scheme in CANDIDATES])
+    for path, one in matrices.items():
+        (experts, rows, columns), some = one.shape, _some(one)
+        errors.append([relative_error(some, scheme) * reach[path] for scheme in CANDIDATES])
         sizes.append([experts * packed_bytes(rows, columns, scheme) for scheme in CANDIDATES])
     try:
         chosen = allocate(errors, sizes, int(bits * sum(counts) / 8))
     except InputError as error:
         raise OptionError(f"quantize='{bits:g}bpw' is too small: {error}") from None
     return {path: str(CANDIDATES[one]) for path, one in zip(matrices, chosen, strict=True)}
+
+
+def reach_of(paths: Iterable[str], sensitivity: Mapping[str, float]) -> dict[str, float]:
+    """Give what relative errors of projections weigh, by path, from what blocks do."""
+    return {
+        path: sensitivity[block] * _REACH[projection]
+        for path in paths
+        for block, _, projection in [path.rpartition(".")]
+    }
 
 
 def _some(matrices: Matrices) -> list[torch.Tensor]:

@@ -234,6 +234,12 @@ def pack(
             show_default=False,
         ),
     ] = None,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate", help="With --calibrate: codes make up for each other's errors (slow)."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write MODEL with its experts packed one by one, ready to be read from disk.
@@ -242,7 +248,9 @@ def pack(
     """
     from moecc import packing
 
-    done = packing.run(model, output, quantize, dtype, quiet=as_json, calibrate=calibrate)
+    done = packing.run(
+        model, output, quantize, dtype, as_json, calibrate=calibrate, compensate=compensate
+    )
     if as_json:
         typer.echo(json.dumps(done.to_dict(), indent=2))
     else:

@@ -15,9 +15,8 @@ from moecc.calibrate import calibrate as measure
 from moecc.calibrate import check_calibrates
 from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.direct import find_store
-from moecc.checkpoint.files import shards
 from moecc.checkpoint.fingerprint import fingerprint
-from moecc.checkpoint.folders import find_folder, is_gguf
+from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import Progress, check_source, pack
 from moecc.checkpoint.packed import FORMAT, is_packed, open_store, read_manifest
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
@@ -42,6 +41,7 @@ from moecc.runtime.offload.stand_in import Lender, put_in
 from moecc.runtime.offload.store import Store
 from moecc.runtime.offload.trial import Trial
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.settling import settle_budget
 
 _log = logging.getLogger("moecc.load")
 
@@ -53,6 +53,7 @@ def load(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     calibrate: Sequence[str | torch.Tensor] | None = None,
+    compensate: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Load a transformers model, its experts through a cache when `expert_memory` says so.
@@ -68,7 +69,8 @@ def load(
     experts are never all in memory; with both, into a packed store beside moecc's other caches,
     once. `progress` is called meanwhile with the bytes done and all of them. `calibrate` is a few
     prompts, texts or token ids [T], that the unquantized model is run on first, expert by expert:
-    errors then weigh as much as inputs are large.
+    errors then weigh as much as inputs are large. With `compensate`, codes of int4, int3 and int2
+    also make up for each other's errors: better, slower, and it takes E (H² + I²) floats a block.
 
     On a CUDA `device` with `expert_memory`, experts are in pinned host memory, and come into slots
     there; with `quantize` alone, they are all there.
@@ -94,7 +96,9 @@ def load(
         seen = None
         if calibrate is not None:
             check_calibrates(chosen.quantize)
-            seen = measure(folder, calibrate, dtype)
+            seen = measure(folder, calibrate, dtype, compensate=compensate)
+        elif compensate:
+            raise OptionError("compensate needs prompts: give calibrate= too")
         model, absent, lenders = _load_checkpoint(folder, weights, dtype, chosen, progress, seen)
     model.to(device)
     at = torch.device(device)
@@ -142,6 +146,8 @@ def _load_packed(
         raise ModelError(f"{str(folder)!r} has experts of {sorted(blocks)}, which is not its model")
     if manifest.calibration:
         note(model, manifest.calibration)
+    if manifest.source.endswith(".gguf"):
+        note(model, "gguf weights outside of experts were dequantized when they were packed")
     stores = [open_store(folder, blocks[one.path]) for one in absent]
     schemes = [blocks[one.path].schemes for one in absent]
     return model, absent, make_banks(model, stores, schemes, options)
@@ -162,25 +168,23 @@ def _load_checkpoint(
         return model, (), ()
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
-    recipes = find_recipes(model, absent, weights, options, calibration=calibration)
-    if options.expert_memory is not None and is_gguf(folder):
-        raise OptionError(
-            f"expert_memory= reads experts from safetensors, and {str(folder)!r} is a GGUF file; "
-            "leave expert_memory out, so that they are packed in memory"
-        )
     if options.expert_memory is None:
+        options = settle_budget(folder, dtype, options)
+        recipes = find_recipes(model, absent, weights, options, calibration=calibration)
         if calibration is not None:
             note(model, str(calibration))
         return model, absent, _packed_in_memory(recipes, progress)
-    stores = [find_store(recipe) for recipe in recipes]
-    direct = [store for store in stores if store is not None]
-    if len(direct) == len(stores):
-        return model, absent, make_banks(model, direct, [None] * len(direct), options)
-    target = _own_store(folder, options, recipes[0].dtype, calibration)
+    if options.quantize is None:
+        recipes = find_recipes(model, absent, weights, options)
+        direct = [one for one in map(find_store, recipes) if one is not None]
+        if len(direct) == len(recipes):
+            return model, absent, make_banks(model, direct, [None] * len(direct), options)
+    dtype = absent[0].tensors[0].dtype
+    target = _own_store(folder, weights, options, dtype, calibration)
     _drop_damaged(target)
-    _log.info("packing %s into %s", folder, target)
-    dtype = recipes[0].dtype
-    pack(folder, target, options.quantize, dtype, progress, calibration=calibration)
+    if not is_packed(target):
+        _log.info("packing %s into %s", folder, target)
+        pack(folder, target, options.quantize, dtype, progress, calibration=calibration)
     made = replace(options, quantize=None)  # the store says what it has
     return _load_packed(target, find_weights(target), "auto", made)
 
@@ -265,10 +269,14 @@ def _drop_damaged(folder: Path) -> None:
 
 
 def _own_store(
-    folder: Path, options: Options, dtype: torch.dtype, calibration: Calibration | None
+    folder: Path,
+    weights: Weights,
+    options: Options,
+    dtype: torch.dtype,
+    calibration: Calibration | None,
 ) -> Path:
     """Say where the packed copy of a checkpoint goes."""
-    files = "".join(fingerprint(file) for file in shards(folder))
+    files = "".join(map(fingerprint, weights.files))
     what = f"{FORMAT} {folder.resolve()} {files} {options.quantize} {dtype} {calibration}"
     digest = hashlib.sha256(what.encode()).hexdigest()
     return cache_folder() / "packed" / digest[:24]

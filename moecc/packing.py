@@ -44,11 +44,18 @@ class Packed:
 
 
 def run(
-    model: str, output: Path, quantize: str, dtype: str, quiet: bool, calibrate: Path | None = None
+    model: str,
+    output: Path,
+    quantize: str,
+    dtype: str,
+    quiet: bool,
+    calibrate: Path | None = None,
+    compensate: bool = False,
 ) -> Packed:
     """Pack `model` into `output`, with a bar on stderr; `calibrate` is a file of text.
 
-    Raises `OptionError` for an unknown scheme and what `moecc.checkpoint.pack.pack` does.
+    `compensate` is that of `moecc.load`. Raises `OptionError` for an unknown scheme and what
+    `moecc.checkpoint.pack.pack` does.
     """
     folder = find_folder(model)
     columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -58,7 +65,10 @@ def run(
         check_calibrates(quantize or None)
         if not calibrate.is_file():
             raise OptionError(f"there is no file {str(calibrate)!r} to calibrate with")
-        calibration = measure(folder, [calibrate.read_text(encoding="utf-8")], dtype)
+        text = calibrate.read_text(encoding="utf-8")
+        calibration = measure(folder, [text], dtype, compensate=compensate)
+    elif compensate:
+        raise OptionError("--compensate needs a text: give --calibrate too")
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(stderr=True, quiet=quiet), transient=True
     ) as bar:
@@ -67,7 +77,7 @@ def run(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        name = "" if Path(model).is_dir() else model
+        name = "" if Path(model).exists() else model
         manifest = pack(folder, output, quantize or None, dtype, show, name, calibration)
     return Packed(
         folder=str(output),

@@ -87,15 +87,15 @@ def report(model: nn.Module) -> Report:
         raise InputError(f"report() takes a torch.nn.Module, not {type(model).__name__}")
     tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     own = tuple(record for record in all_records() if record.reads(tensors))
-    eager = _eager(model)
+    eager, lent = _eager(model), report_experts(model)
     return Report(
         version=__version__,
         torch=torch.__version__,
         graphs=tuple(map(graph_report, own)),
         eager=eager,
-        experts=report_experts(model),
+        experts=lent,
         speculation=tuple(one.to_dict() for one in speculations(model)),
-        notes=(*notes_about(model), *_notes(own, eager)),
+        notes=(*notes_about(model), *_kept_precise(model, own, lent), *_notes(own, eager)),
     )
 
 
@@ -143,6 +143,18 @@ def _eager(model: nn.Module) -> EagerReport | None:
         kernels=tuple(dict.fromkeys(road.kernel.key for road in roads if road.kernel)),
         reasons=tuple(dict.fromkeys(road.why for road in roads if road.why)),
     )
+
+
+def _kept_precise(
+    model: nn.Module, records: tuple[Record, ...], lent: ExpertsReport | None
+) -> list[str]:
+    """Say what is not low-bit where experts are."""
+    adopted = transformers_experts.adopted
+    rounded = any(block.schemes for record in records for block in record.blocks)
+    rounded |= any(adopted[one].schemes for one in model.modules() if one in adopted)
+    rounded |= lent is not None and any(block["schemes"] for block in lent.blocks)
+    kept = "low-bit are routed experts alone: routers, norms, attention and shared experts are not"
+    return [kept] if rounded else []
 
 
 def _notes(records: tuple[Record, ...], eager: EagerReport | None) -> list[str]:

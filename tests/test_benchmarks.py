@@ -4,7 +4,9 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks import dispatch, kernel_table, kernels, layer
+from benchmarks import dispatch, kernel_table, kernels, layer, quality_table
+from benchmarks.rounding import scheme_bits
+from moecc.runtime.schemes.scheme import FP8_BLOCKS, INT8, int4
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
@@ -46,4 +48,25 @@ def test_a_table_compares_the_contenders_of_each_cell() -> None:
         "|---|---:|---:|",
         "| int8 | 2.0 ms, 50%, 1.50x, 3.50x | – |",
         "| fp16 | – | 2.0 ms, 50%, –, – |",
+    ]
+
+
+def test_a_short_group_has_a_scale_of_its_own() -> None:
+    assert scheme_bits(int4(), 64) == 4.5
+    assert scheme_bits(int4(64, zeros=True), 48) == 4 + 32 / 48
+    assert scheme_bits(INT8, 64) == 8.5
+    assert scheme_bits(FP8_BLOCKS, 128) == 8 + 32 / 128**2
+
+
+def test_a_table_has_models_beside_each_other() -> None:
+    errors = {"kl_error": 0.001, "change": -0.01, "change_error": 0.002, "agreement": 0.9}
+    rows = [
+        {"model": model, "family": family, "name": name, "bits": bits, "kl": 0.25} | errors
+        for model in ("one", "two")
+        for family, name, bits in (("moecc", "int8", 8.5), ("hqq", "4 g64", 4.5))
+    ]
+    cells = "0.25000 ±0.00100 | -1.00% ±0.20 | 90.0%"
+    assert quality_table.write({"rows": rows}).splitlines()[2:] == [
+        f"| hqq: 4 g64 | 4.500 | {cells} | 4.500 | {cells} |",
+        f"| **int8** | 8.500 | {cells} | 8.500 | {cells} |",
     ]

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moecc
+from moecc import one_by_one, packing
 from moecc.calibrate import calibrate
+from moecc.checkpoint import pack as module
 from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.pack import pack
 from moecc.runtime.errors import ModelError, OptionError
@@ -17,7 +19,7 @@ from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.schemes.packing import dequantize, quantize, unpack_experts
 from moecc.runtime.schemes.scheme import INT8, MXFP4, Scheme, int4
 from tests.test_load import resident
-from tests.test_pack import make
+from tests.test_pack import contents, make
 
 PROMPT = torch.arange(60)
 
@@ -133,6 +135,58 @@ def test_a_store_says_what_it_was_calibrated_on(source: Path, tmp_path: Path) ->
         assert torch.equal(model(PROMPT[None, :9]).logits, whole(PROMPT[None, :9]).logits)
     manifest = json.loads((tmp_path / "packed" / "moecc.json").read_text())
     assert manifest["calibration"] == str(seen)
+
+
+def test_a_calibrated_store_stopped_on_its_way_gets_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again() -> Calibration:
+        return calibrate(source, [PROMPT], compensate=True)
+
+    pack(source, tmp_path / "whole", "int4", calibration=again())
+    own, written = module._write_shard, []
+
+    def stop(*args: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(own(*args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, tmp_path / "stopped", "int4", calibration=again())
+    pack(source, tmp_path / "stopped", "int4", calibration=again())
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_errors_are_compensated_where_enough_was_seen(source: Path) -> None:
+    prompts = [torch.randint(128, (500,), generator=torch.Generator().manual_seed(0))]
+    plain: Any = moecc.load(source, quantize="int4", calibrate=prompts)
+    model: Any = moecc.load(source, quantize="int4", calibrate=prompts, compensate=True)
+    (note,) = [one for one in moecc.report(model).notes if one.startswith("calibrated")]
+    few = calibrate(source, prompts, compensate=True).blocks
+    for number, (path, seen) in enumerate(few.items()):
+        named = [expert for expert in range(8) if seen.seen[expert] < 64]
+        assert (f"{path} {named}" in note) == bool(named)
+        one, other = (
+            lender_of(each.model.layers[number].mlp.experts.down_proj).tensors["down"]
+            for each in (model, plain)
+        )
+        changed = (one != other).flatten(1).any(1).tolist()
+        assert changed == [expert not in named for expert in range(8)]
+    assert "errors compensated, but for experts with too few tokens" in note
+
+
+def test_what_cannot_be_compensated_is_refused(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match="compensate needs prompts"):
+        moecc.load(source, quantize="int4", compensate=True)
+    with pytest.raises(OptionError, match="give --calibrate too"):
+        packing.run(str(source), source / "packed", "int4", "auto", quiet=True, compensate=True)
+    monkeypatch.setattr(Path, "read_text", lambda _: "MemAvailable:   100 kB")
+    with pytest.raises(OptionError, match=r"holds 327,680 bytes of products.*102,400 are free"):
+        one_by_one._check_memory(327_680)
 
 
 @pytest.mark.parametrize(

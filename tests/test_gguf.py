@@ -1,5 +1,7 @@
 """moecc.load of GGUF files: experts keep the blocks that came."""
 
+import multiprocessing
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 
 import moecc
-from moecc.runtime.errors import ModelError, OptionError, StoreError
+from moecc.checkpoint.pack import pack
+from moecc.runtime.errors import ModelError, StoreError
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.schemes.packing import unpack_experts
 from moecc.tiny import tiny_model
 from tests.models import relative_error
-from tests.test_load import resident
+from tests.test_load import banks, resident
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 3, 64, 12]])
 FAMILIES = {"qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe", "llama": "mixtral", "olmoe": "olmoe"}
@@ -35,11 +38,18 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write(
-    folder: Path, architecture: str, experts: str, rest: str = "F32", **extra: Any
+    folder: Path,
+    architecture: str,
+    experts: str,
+    rest: str = "F32",
+    inner: int = 96,
+    count: int = 8,
+    **extra: Any,
 ) -> tuple[Path, Path]:
     """Write a tiny model to a GGUF file, and what that stands for to a checkpoint."""
     model: Any = tiny_model(
-        FAMILIES[architecture], hidden_size=64, intermediate_size=96, moe_intermediate_size=96,
+        FAMILIES[architecture], hidden_size=64, **({"num_experts": count} if count > 8 else {}),
+        intermediate_size=inner, moe_intermediate_size=inner,
         shared_expert_intermediate_size=64, num_attention_heads=2, head_dim=32, clip_qkv=None,
         norm_topk_prob=architecture == "qwen3moe", num_key_value_heads=2, dtype="float32",
     )  # fmt: skip
@@ -48,15 +58,15 @@ def write(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(96)
-    writer.add_expert_feed_forward_length(96)
+    writer.add_feed_forward_length(inner)
+    writer.add_expert_feed_forward_length(inner)
     writer.add_expert_shared_feed_forward_length(64)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(32)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_expert_count(8)
+    writer.add_expert_count(count)
     writer.add_expert_used_count(config.num_experts_per_tok)
     for name, value in extra.items():
         writer.add_string(name.replace("__", "."), value)
@@ -136,6 +146,55 @@ def test_plain_types_stay_plain(tmp_path: Path) -> None:
     assert relative_error(got, resident(plain)(IDS).logits) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "F32"])
+def test_experts_stay_on_disk(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecc.loading.cache_folder", lambda: tmp_path / "cache")
+    file, _ = write(tmp_path, "llama", kind, rest="Q8_0")
+    want = moecc.load(file, kernels="torch")(IDS).logits
+    model = moecc.load(file, expert_memory="50%", kernels="torch")
+    assert torch.equal(model(IDS).logits, want)
+    assert {bank.pool.slots for bank in banks(model)} == {4}
+    packed = pack(file, tmp_path / "packed")
+    again = moecc.load(tmp_path / "packed", expert_memory="50%", kernels="torch")
+    assert torch.equal(again(IDS).logits, want)
+    assert any("were dequantized when they were packed" in one for one in moecc.report(again).notes)
+    assert packed.files[0].name == "model.gguf"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(StoreError, match=r"model.gguf' has changed since it was packed"):
+        moecc.load(tmp_path / "packed")
+
+
+def _peak_of_packing(small: str, source: str, folder: str, told: Any) -> None:
+    """Tell what packing a file takes beyond what packing a small one took."""
+    torch.set_num_threads(1)
+    pack(Path(small), Path(f"{folder}-small"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pack(Path(source), Path(folder))
+    told.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def test_memory_holds_a_few_experts_not_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small").mkdir()
+    small, _ = write(tmp_path / "small", "qwen3moe", "Q8_0")
+    monkeypatch.setattr("moecc.tiny._MOST_PARAMETERS", 10**8)
+    file, _ = write(tmp_path, "qwen3moe", "Q8_0", inner=2048, count=64)  # 54 MB, 0.4 MB an expert
+    total = file.stat().st_size
+    context = multiprocessing.get_context("forkserver")
+    model = "transformers.models.qwen3_moe.modeling_qwen3_moe"
+    context.set_forkserver_preload(["moecc.checkpoint.pack", "gguf", model])
+    told = context.Queue()
+    process = context.Process(
+        target=_peak_of_packing, args=(str(small), str(file), str(tmp_path / "packed"), told)
+    )
+    process.start()
+    peak = told.get(timeout=300)
+    process.join()
+    assert total > 50e6
+    assert peak < total / 3
+
+
 def test_types_that_kernels_do_not_read_are_named(tmp_path: Path) -> None:
     file, plain = write(tmp_path, "qwen3moe", "Q5_0")
     with pytest.raises(StoreError, match=r"ffn_gate_exps.*not Q5_0.*give quantize="):
@@ -146,8 +205,6 @@ def test_types_that_kernels_do_not_read_are_named(tmp_path: Path) -> None:
 
 def test_what_is_not_read_is_refused(tmp_path: Path) -> None:
     file, _ = write(tmp_path, "qwen3moe", "Q8_0")
-    with pytest.raises(OptionError, match="is a GGUF file; leave expert_memory out"):
-        moecc.load(file, expert_memory="50%")
     data = bytearray(file.read_bytes())
     tensor = next(one for one in gguf.GGUFReader(file).tensors if "down_exps" in one.name)
     data[int(tensor.data_offset) : int(tensor.data_offset) + 2] = b"\xff\x7f"

@@ -154,7 +154,7 @@ def test_stopped_between_any_two_files_it_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write_shard", write)
-        patch.setattr(module, "write_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "write_pieces", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pack(source, tmp_path / "stopped")
     written_before = len(written)
@@ -226,12 +226,23 @@ def change(folder: Path, name: str, alter: Any) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "scheme"), [(torch.inf, "int4"), (torch.nan, "int4"), (torch.nan, "5bpw")]
+)
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float, scheme: str) -> None:
     folder = make(tmp_path / "source")
     name = "model.layers.1.mlp.experts.5.up_proj.weight"
     change(folder, name, lambda tensor: tensor.index_fill(0, torch.tensor([3]), value))
     with pytest.raises(StoreError, match=r"expert 5 of 'model.layers.1.mlp.experts'.*inf or NaN"):
+        pack(folder, tmp_path / "packed", scheme)
+
+
+def test_weights_that_are_no_floats_are_named(tmp_path: Path) -> None:
+    folder = make(tmp_path / "source")
+    change(folder, "model.layers.1.mlp.experts.5.down_proj.weight", lambda one: one.to(torch.int8))
+    with pytest.raises(
+        StoreError, match=r"expert 5 of '.*1.mlp.experts'.*second product are .*int8"
+    ):
         pack(folder, tmp_path / "packed", "int4")
 
 

@@ -33,6 +33,16 @@ def rounded(model: Any, scheme: str, turned: bool = False) -> Any:
     return model
 
 
+def notes(model: Any) -> tuple[str, ...]:
+    return moecc.report(model).notes
+
+
+def test_what_is_not_low_bit_is_not_said_of_full_weights() -> None:
+    model: Any = tiny_model("qwen3_moe")
+    torch.compile(model, backend="moecc")
+    assert not any("low-bit" in one for one in notes(model))
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4", "mxfp4"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_model_computes_with_its_rounded_weights(family: str, scheme: str) -> None:
@@ -53,6 +63,9 @@ def test_a_model_computes_with_its_rounded_weights(family: str, scheme: str) -> 
     name = str(SCHEMES[scheme])
     assert {block["kernel"].split(":")[0] for block in graph.blocks} == {f"native {name}"}
     assert any("MB less to read" in one["note"] for one in graph.passes)
+    assert any(
+        "routers, norms, attention and shared experts are not" in one for one in notes(model)
+    )
 
 
 def test_expert_modules_are_quantized_too() -> None:

@@ -16,7 +16,7 @@ import torch
 from moecc import __version__
 from moecc.checkpoint.calibration import Calibration
 from moecc.checkpoint.coded import tensors_of
-from moecc.checkpoint.files import Tensor, read_headers, shards
+from moecc.checkpoint.files import read_headers
 from moecc.checkpoint.fingerprint import fingerprint
 from moecc.checkpoint.packed import (
     MANIFEST,
@@ -26,13 +26,14 @@ from moecc.checkpoint.packed import (
     is_packed,
     read_manifest,
 )
-from moecc.checkpoint.pieces import Piece
+from moecc.checkpoint.pieces import Piece, Stored
 from moecc.checkpoint.recipes import Recipe, find_recipes, make_record
-from moecc.checkpoint.weights import find_weights
+from moecc.checkpoint.weights import Weights, find_weights
 from moecc.checkpoint.without_experts import make_skeleton
-from moecc.checkpoint.writing import write_records, write_tensors, write_text, write_whole
+from moecc.checkpoint.writing import size_of, write_pieces, write_records, write_text, write_whole
 from moecc.passes.options import Options
 from moecc.runtime.errors import StoreError
+from moecc.settling import settle_budget
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
@@ -58,15 +59,15 @@ def pack(
     `OptionError` for a bad `quantize`, `StoreError` for damaged or odd checkpoints, for weights
     that are not finite, and when `folder` holds something else.
     """
-    options = Options.parse({"quantize": quantize})
-    model, absent = make_skeleton(source, dtype)
-    recipes = find_recipes(model, absent, find_weights(source), options, calibration=calibration)
-    files = shards(source)
+    options = settle_budget(source, dtype, Options.parse({"quantize": quantize}))
+    weights = find_weights(source)
+    model, absent = make_skeleton(source, dtype, weights.config)
+    recipes = find_recipes(model, absent, weights, options, calibration=calibration)
     manifest = Manifest(
         dtype=str(recipes[0].dtype).removeprefix("torch."),
         source=name or str(source.resolve()),
         calibration="" if calibration is None else str(calibration),
-        files=tuple(_source(file) for file in files),
+        files=tuple(_source(file) for file in weights.files),
         blocks=tuple(
             PackedBlock(
                 path=recipe.path,
@@ -81,9 +82,9 @@ def pack(
     if is_packed(folder) and read_manifest(folder) == manifest:
         return manifest
     _begin(folder, manifest)
-    rest = _rest(files, [piece for recipe in recipes for piece in recipe.pieces])
+    rest = _rest(weights, [piece for recipe in recipes for piece in recipe.pieces])
     total = sum(recipe.experts * recipe.layout.size for recipe in recipes)
-    total += sum(tensor.size for tensor in rest.values())
+    total += sum(map(size_of, rest.values()))
     _check_room(folder, total)
     done = 0
     for recipe, block in zip(recipes, manifest.blocks, strict=True):
@@ -92,7 +93,9 @@ def pack(
             write_whole(target, partial(_write_shard, recipe, show))
         done += recipe.experts * recipe.layout.size
     if not (folder / "model.safetensors").is_file():
-        write_whole(folder / "model.safetensors", partial(write_tensors, rest))
+        write_whole(folder / "model.safetensors", partial(write_pieces, rest))
+    if weights.config is not None:
+        weights.config.save_pretrained(folder)
     for pattern in _COPIED:
         for file in sorted(source.glob(pattern)):
             if file.name not in _NOT_COPIED:
@@ -114,11 +117,20 @@ def _write_shard(recipe: Recipe, show: Callable[[int], None], part: Path) -> Non
     write_records(recipe.path, records, recipe.experts, recipe.layout.size, show, part)
 
 
-def _rest(files: Sequence[Path], pieces: Sequence[Piece]) -> dict[str, Tensor]:
-    """List the tensors of a checkpoint that no expert is made of."""
+def _rest(weights: Weights, pieces: Sequence[Piece]) -> dict[str, Piece]:
+    """List what no expert is made of: tensors of a checkpoint as they are, weights of a GGUF file.
+
+    A GGUF file has its own names for tensors, in types that no other file has.
+    """
     taken = {(one.file, one.offset) for piece in pieces for one in tensors_of(piece)}
-    every = read_headers(files)
-    return {name: one for name, one in every.items() if (one.file, one.offset) not in taken}
+    every: Mapping[str, Piece] = weights.pieces
+    if weights.config is None:
+        every = {name: Stored(one) for name, one in read_headers(weights.files).items()}
+    return {
+        name: piece
+        for name, piece in every.items()
+        if not any((one.file, one.offset) in taken for one in tensors_of(piece))
+    }
 
 
 def _begin(folder: Path, manifest: Manifest) -> None:
@@ -147,9 +159,9 @@ def _source(file: Path) -> Source:
 
 def check_source(manifest: Manifest) -> None:
     """Raise `StoreError` if the checkpoint that was packed is still there and has changed."""
-    folder = Path(manifest.source)
+    source = Path(manifest.source)
     for one in manifest.files:
-        file = folder / one.name
+        file = source if source.is_file() else source / one.name
         if file.is_file() and _source(file) != one:
             raise StoreError(
                 f"{str(file)!r} has changed since it was packed; pack it again, or move it away to "

@@ -1,13 +1,11 @@
 """Make the record of one expert out of a checkpoint, in the model's layout or in a scheme."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
 
-from moecc.budgets import Matrices, choose
 from moecc.checkpoint.calibration import Calibration, Importance
 from moecc.checkpoint.kept import kept_schemes, packed_codes
 from moecc.checkpoint.pieces import Piece
@@ -68,9 +66,6 @@ def find_recipes(
         for name, tensor in zip(one.parameters, one.tensors, strict=True)
     }
     found = find_parameters(model, wanted, weights.pieces)
-    if options.budget is not None:
-        chosen = choose(dict(_matrices(absent, found)), options.budget)
-        options = replace(options, quantize=chosen)
     recipes: list[Recipe] = []
     for one in absent:
         pieces = found[one.parameters[0]], found[one.parameters[1]]
@@ -80,26 +75,6 @@ def find_recipes(
         importance = None if calibration is None else calibration.blocks[one.path]
         recipes.append(replace(recipe, kept=kept, importance=importance))
     return recipes
-
-
-def _matrices(
-    absent: Sequence[Absent], pieces: Mapping[str, Piece]
-) -> Iterator[tuple[str, Matrices]]:
-    """Give the matrices of a checkpoint's experts, output-major, for a budget to be shared."""
-    for one in absent:
-        turned = bool(getattr(one.module, "is_transposed", False))
-        for name, tensor, projection in zip(
-            one.parameters, one.tensors, ("gate_up_proj", "down_proj"), strict=True
-        ):
-            experts, rows, columns = tensor.mT.shape if turned else tensor.shape
-            read = partial(_read_matrix, pieces[name], turned)
-            shape = (experts, rows, columns)
-            yield f"{one.path}.{projection}", Matrices(shape=shape, read=read)
-
-
-def _read_matrix(piece: Piece, turned: bool, expert: int) -> torch.Tensor:
-    matrix = piece.select(expert).read(read_tensor)
-    return matrix.T if turned else matrix
 
 
 def _recipe(absent: Absent, pieces: tuple[Piece, Piece], schemes: Schemes | None) -> Recipe:
@@ -196,7 +171,10 @@ def _record(recipe: Recipe, expert: int) -> torch.Tensor:
     first, second = (piece.select(expert) for piece in recipe.pieces)
     if recipe.kept and recipe.schemes is not None and recipe.spec is not None:
         return _joined(packed_codes(recipe.spec, recipe.schemes, (first, second)), recipe.layout)
-    matrices = (piece.read(read_tensor) for piece in (first, second))
+    matrices = [piece.read(read_tensor) for piece in (first, second)]
+    for name, matrix in zip(("first", "second"), matrices, strict=True):
+        if not matrix.is_floating_point():
+            raise InputError(f"the weights of its {name} product are {matrix.dtype}, not floats")
     gate_up, down = (matrix.to(recipe.dtype).unsqueeze(0) for matrix in matrices)
     tensors = {"gate_up": gate_up, "down": down}
     importance = None if recipe.importance is None else recipe.importance.of(expert)

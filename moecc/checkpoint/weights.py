@@ -25,6 +25,8 @@ class Weights:
     """The weights of a checkpoint by their names there."""
 
     pieces: Mapping[str, Piece]
+    files: tuple[Path, ...]
+    """That they are in."""
     coded: bool = False
     """Some may be codes, which moecc reads."""
     method: str | None = None
@@ -49,15 +51,16 @@ def find_weights(folder: Path) -> Weights:
     """
     if is_gguf(folder):
         config, pieces = read_gguf(folder)
-        return Weights(pieces=pieces, coded=True, method="gguf", config=config)
-    tensors = read_headers(shards(folder))
+        return Weights(pieces=pieces, files=(folder,), coded=True, method="gguf", config=config)
+    files = tuple(shards(folder))
+    tensors = read_headers(files)
     settings = _settings(folder)
     method = None if settings is None else str(settings.get("quant_method"))
     if settings is None or method not in _FORMATS:
         pieces = {name: Stored(one) for name, one in tensors.items()}
-        return Weights(pieces=pieces, method=method)
+        return Weights(pieces=pieces, files=files, method=method)
     coding = _FORMATS[method](settings)
-    return Weights(pieces=fold(tensors, coding), coded=True, method=method)
+    return Weights(pieces=fold(tensors, coding), files=files, coded=True, method=method)
 
 
 def _settings(folder: Path) -> Mapping[str, Any] | None:

@@ -115,14 +115,17 @@ class _Unread:
         return self.piece.read(read_tensor)
 
 
-def make_skeleton(folder: Path, dtype: torch.dtype | str) -> tuple[nn.Module, tuple[Absent, ...]]:
+def make_skeleton(
+    folder: Path, dtype: torch.dtype | str, config: Any = None
+) -> tuple[nn.Module, tuple[Absent, ...]]:
     """Make a folder's model without any weights, on the meta device.
 
-    Raises what `load_model` does, and `ModelError` when there are no experts.
+    `config` is its configuration where that is not a file of its own. Raises what `load_model`
+    does, and `ModelError` when there are no experts.
     """
     transformers = _transformers()
     with _naming(folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = config or transformers.AutoConfig.from_pretrained(folder)
         model = on_meta(_model_class(transformers, config), config, dtype)
     absent = tuple(take_out(model))
     if not absent:

@@ -1,8 +1,9 @@
 """Write files that are there in full or not at all."""
 
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +11,8 @@ import torch
 
 from moecc.checkpoint.files import Tensor
 from moecc.checkpoint.packed import dtype_name, padded_header, shard_header
+from moecc.checkpoint.pieces import Piece, Stored
+from moecc.checkpoint.sources import read_tensor
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.record import LINE
 from moecc.runtime.offload.store import bytes_of
@@ -63,30 +66,46 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_tensors(tensors: dict[str, Tensor], part: Path) -> None:
-    """Copy tensors as they are into a safetensors file."""
+def size_of(piece: Piece) -> int:
+    """Give the bytes that a piece takes when it is read."""
+    return math.prod(piece.shape) * piece.dtype.itemsize
+
+
+def write_pieces(pieces: Mapping[str, Piece], part: Path) -> None:
+    """Write pieces into a safetensors file: tensors of other files as they are, others computed.
+
+    In memory is one of those that are computed.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
+    for name, piece in pieces.items():
+        start, end = end, end + size_of(piece)
         entries[name] = {
-            "dtype": dtype_name(tensor.dtype),
-            "shape": [*tensor.shape],
-            "data_offsets": [end, end + tensor.size],
+            "dtype": dtype_name(piece.dtype),
+            "shape": [*piece.shape],
+            "data_offsets": [start, end],
         }
-        end += tensor.size
     with part.open("wb") as opened:
         opened.write(padded_header(entries, LINE))
-        for tensor in tensors.values():
-            with tensor.file.open("rb") as source:
-                source.seek(tensor.offset)
-                left = tensor.size
-                while left:
-                    data = source.read(min(left, _CHUNK))
-                    if not data:
-                        raise StoreError(f"{str(tensor.file)!r} became shorter while it was packed")
-                    opened.write(data)
-                    left -= len(data)
+        for piece in pieces.values():
+            if isinstance(piece, Stored):
+                _copy(piece.tensor, opened)
+            else:
+                known = piece.read(read_tensor).contiguous()
+                opened.write(bytes_of(known.view(torch.uint8).flatten()))
         flush(opened)
+
+
+def _copy(tensor: Tensor, opened: IO[bytes]) -> None:
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.offset)
+        left = tensor.size
+        while left:
+            data = source.read(min(left, _CHUNK))
+            if not data:
+                raise StoreError(f"{str(tensor.file)!r} became shorter while it was packed")
+            opened.write(data)
+            left -= len(data)
 
 
 def write_records(

@@ -7,8 +7,7 @@ The choice is a multiple-choice knapsack. Steps between schemes on the lower con
 matrix (bytes against error) are taken in order of error saved a byte, as long as they fit; the last
 ones that fit are found by looking on after the first that does not. That is the best for every
 budget that a whole number of steps fills, and at most one step's error away from it otherwise.
-Errors of different matrices are compared as they are: relative ones say that a matrix matters as
-much as any other of its size.
+Errors of different matrices are compared as they are; `moecc.budgets` says what they weigh.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,10 @@ error instead: it rounds, solves for the best scale (and zero) of these codes, a
 from several ranges, some of which clip. With zeros the first turns are half-quadratic (Badri and
 Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023): the part of an error
 beyond what a root-norm bears is taken out before solving, so that clipped weights do not pull.
+Last, groups are stretched to the size of their weights, of which least squares leaves a part out.
 """
+
+from dataclasses import replace
 
 import torch
 
@@ -32,6 +35,8 @@ _SYMMETRIC_STARTS = (1.0, 0.94, 0.85)
 _AFFINE_STARTS = (1.0, 0.92)
 """Parts of the range between smallest and largest that codes span at first."""
 _TURNS, _ROBUST_TURNS = 2, 3
+_MOST_STRETCHED = 1.5
+"""Of a group whose codes express little of it."""
 _SHARPNESS = 5.0
 """beta of the root-norm, for errors in steps: it bears 0.34 steps in full."""
 
@@ -62,7 +67,10 @@ def quantize(
     """
     fit = _fit_affine if scheme.zeros else _fit_symmetric
     parts = weighed_by_column(weight, scheme.block, importance)
-    coded = [_coded(part, fit(part, weights, scheme), scheme) for part, weights in parts]
+    coded = [
+        _as_large(part, weights, _coded(part, fit(part, weights, scheme), scheme), scheme)
+        for part, weights in parts
+    ]
     return put_together(coded, len(weight))
 
 
@@ -98,6 +106,28 @@ def _fit_symmetric(part: torch.Tensor, weights: _Weights, scheme: Scheme) -> _Fi
             best = torch.where(better, scale, best)
             most = torch.where(better, explained, most)
     return _signed(best, scheme)
+
+
+def _as_large(part: torch.Tensor, weights: _Weights, coded: Quantized, scheme: Scheme) -> Quantized:
+    """Stretch groups so that what codes stand for reaches as far along the weights as those do.
+
+    The scale of least squares explains a part of the weights and is smaller by the rest; what all
+    groups lack adds up in a sum over them, where errors to either side do not.
+    """
+    codes, scales, zeros = coded.codes.float(), coded.scales.float(), coded.zeros
+    if zeros is None or scheme.points:
+        of_part = of_codes = torch.zeros_like(scales)
+        codes = codes - (_half(scheme) if zeros is None else zeros.float())
+    else:
+        count = len(part) if weights is None else total(weights).clamp(min=_SMALLEST)
+        of_part, of_codes = (total(weigh(one, weights)) / count for one in (part, codes))
+    part, codes = part - of_part, codes - of_codes
+    along = total(weigh(part, weights) * codes) * scales
+    lacking = total(weigh(part.square(), weights)) / along.clamp(min=_SMALLEST)
+    scales = scales * torch.where(along > 0, lacking, 1).clamp(1, _MOST_STRETCHED)
+    if zeros is not None and not scheme.points:
+        zeros = (of_part - of_codes * scales).to(scheme.scale)
+    return replace(coded, scales=scales.to(scheme.scale), zeros=zeros)
 
 
 def _fit_affine(part: torch.Tensor, weights: _Weights, scheme: Scheme) -> _Fit:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from moecc.runtime.errors import InputError
 from moecc.runtime.schemes import fp8, grouped, int8, mxfp4
+from moecc.runtime.schemes.compensate import compensate
 from moecc.runtime.schemes.scheme import Quantized, Scheme
 
 _LEAST_IMPORTANCE = 0.01
@@ -60,15 +61,22 @@ def quantize(
     """Quantize a matrix [N, K]; columns are filled up to whole blocks.
 
     `importance` [K] is the mean square of each input, which errors of its column weigh; None: all
-    weigh the same. Raises `InputError` when a weight is not finite, or too large for the scheme's
-    scales.
+    weigh the same. A matrix [K, K] has their products with each other, too, by which codes of int4,
+    int3 and int2 make up for each other's errors (`compensate`). Raises `InputError` when a weight
+    is not finite, or too large for the scheme's scales.
     """
+    hessian = None
+    if importance is not None and importance.dim() == 2:
+        hessian, importance = importance, importance.diagonal()
     if importance is not None:
         mean = importance.float().mean()
         # Inputs that calibration saw little of may be larger elsewhere.
         known = (importance.float() / mean).clamp(min=_LEAST_IMPORTANCE) if mean > 0 else None
         importance = None if known is None else _in_blocks(known.unsqueeze(0), scheme)[0]
-    return FORMATS[scheme.name].quantize(_in_blocks(weight, scheme), scheme, importance)
+    fitted = FORMATS[scheme.name].quantize(_in_blocks(weight, scheme), scheme, importance)
+    if hessian is None or importance is None or FORMATS[scheme.name] is not grouped:
+        return fitted
+    return compensate(weight, hessian, fitted, scheme)
 
 
 def nearest(weight: torch.Tensor, scheme: Scheme) -> Quantized:
