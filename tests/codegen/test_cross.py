@@ -19,6 +19,7 @@ SPECS = {
 }
 SOURCES = {name: write(spec) for name, spec in SPECS.items()}
 SOURCES |= {f"linear-{dtype}": linear.write(dtype) for dtype in linear.DTYPES}
+SOURCES |= {f"linear-{kind}": linear.write(torch.bfloat16, kind) for kind in KINDS[:1]}
 
 
 @pytest.mark.skipif(shutil.which(ARM) is None, reason=f"needs {ARM}")
