@@ -5,8 +5,8 @@
 Layers of Qwen3-30B-A3B's shape with attention, a vocabulary of 32000 and random weights. All
 experts have the values of the first, in memory of their own: quantizing each would take longer than
 the benchmark. Within a kind contenders take turns, each with the whole prompt and then token by
-token, always the most likely one; medians. moecc and llama.cpp have all matrices in the kind's bits, or
-with `--rest bf16` only experts; routers and norms have more.
+token, always the most likely one; medians. moecc and llama.cpp have all matrices in the kind's
+bits, or with `--rest bf16` only experts; routers and norms have more.
 """
 
 import argparse
