@@ -41,6 +41,8 @@ class Options:
     dense_linears: bool | str | Mapping[str, str] = "auto"
     """Linear layers in bf16 and fp16 run on our kernels; auto is where the CPU widens these. A
     scheme, or a mapping to schemes from patterns of paths, has them read low-bit copies."""
+    attention: bool = True
+    """Attention of a few query tokens runs on our kernel, on CPUs."""
     inner: str = "inductor"
     strict: bool = False
 
@@ -218,6 +220,7 @@ _CHECKS: dict[str, Any] = {
     "misses": _one_of("misses", MISSES),
     "kernels": _one_of("kernels", EMITTERS),
     "dense_linears": _dense_linears,
+    "attention": _flag("attention"),
     "inner": _inner,
     "strict": _flag("strict"),
 }

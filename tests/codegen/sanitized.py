@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from moecc.codegen.native import build, emit, linear
+from moecc.codegen.native import build, emit
 from moecc.codegen.spec import KernelSpec
 
 FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -31,9 +31,9 @@ def run_sanitized(
 ) -> torch.Tensor:
     """Run a kernel under the sanitizers, with `change` made in its source; give its output.
 
-    A tuple is what `linear.emit` takes. Raises `Found` when a sanitizer finds something.
+    A tuple is an emitter and what it is given. Raises `Found` when a sanitizer finds something.
     """
-    emitter, given = (linear, spec) if isinstance(spec, tuple) else (emit, (spec,))
+    emitter, *given = spec if isinstance(spec, tuple) else (emit, spec)
     name = emitter.__name__.replace("emit", "experts").rpartition(".")[2]
     buffers: dict[int, torch.Tensor] = {}
 

@@ -178,7 +178,7 @@ def test_the_sanitizers_find_nothing(dtype, machine, monkeypatch):
     for tokens, k, n in SHAPES:
         for bias in (False, True):
             layer = make_layer(dtype, tokens, k, n, bias)
-            assert_exact(run_sanitized((dtype,), *layer), layer)
+            assert_exact(run_sanitized((linear, dtype), *layer), layer)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8-b128"])
@@ -186,13 +186,15 @@ def test_the_sanitizers_find_nothing_in_low_bits(name):
     for tokens, k, n in SHAPES:
         layer = make_layer(torch.bfloat16, tokens, k, n)
         want = linear.emit(torch.bfloat16, SCHEMES[name]).run(*layer)
-        assert torch.equal(run_sanitized((torch.bfloat16, SCHEMES[name]), *layer), want)
+        assert torch.equal(run_sanitized((linear, torch.bfloat16, SCHEMES[name]), *layer), want)
 
 
 def test_the_sanitizers_find_a_planted_mistake():
     change = ("std::min(width, layer.N - from)", "width")
     with pytest.raises(Found, match="heap-buffer-overflow"):
-        run_sanitized((torch.bfloat16,), *make_layer(torch.bfloat16, 3, 40, 25), change=change)
+        run_sanitized(
+            (linear, torch.bfloat16), *make_layer(torch.bfloat16, 3, 40, 25), change=change
+        )
 
 
 @pytest.mark.parametrize(
