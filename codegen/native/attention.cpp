@@ -62,8 +62,11 @@ struct Run {
     int64_t filled = (count + LANES - 1) / LANES * LANES;
     for (int64_t s = 0; s < count; ++s) scores[s] = scores[s] * scale + mask[s];
     for (int64_t s = count; s < filled; ++s) scores[s] = CLOSED;
+    vf tops = splat(CLOSED);
+    for (int64_t s = 0; s < filled; s += LANES)
+      tops = select(load(scores + s) > tops, load(scores + s), tops);
     float top = CLOSED;
-    for (int64_t s = 0; s < filled; ++s) top = scores[s] > top ? scores[s] : top;
+    for (int lane = 0; lane < LANES; ++lane) top = tops[lane] > top ? tops[lane] : top;
     *most = top == CLOSED ? 0 : top;  // all powers are 0 then, but for NaN
     vf sums = {};
     for (int64_t s = 0; s < filled; s += LANES) {
