@@ -67,7 +67,7 @@ def lower_attention(program: Program, options: Options) -> Outcome:
         lowerings=(*program.lowerings, *lowerings.values()),
     )
     long = len(calls) - len(meant)
-    note = f"{long} of more than {FEW} query tokens, or not on a CPU, stay torch's" if long else ""
+    note = f"{long} not of 1 to {FEW} query tokens on a CPU: torch computes them" if long else ""
     return Outcome(program=after, rewrites=len(done), misses=tuple(misses), note=note)
 
 

@@ -121,7 +121,7 @@ def test_a_result_that_was_contiguous_stays_so() -> None:
 def test_prompts_stay_torchs() -> None:
     step = lowered(capture(Calls(as_static), *tensors(9))).steps[0]
     assert step.rewrites == 0
-    assert step.note == "1 of more than 8 query tokens, or not on a CPU, stay torch's"
+    assert step.note == "1 not of 1 to 8 query tokens on a CPU: torch computes them"
 
 
 def dropping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
