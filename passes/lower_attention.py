@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecc.codegen.native import attention
 from moecc.passes.axes import View, leaves, over_own_axes, shape_of, tensor_of, through_layout
@@ -91,14 +92,18 @@ def _arguments(node: Node) -> dict[str, Any]:
     """
     given: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
     query, key, value = (_tensor(given[name]) for name in _NAMES[:3])
-    if any(one.dim() != 4 or one.dtype != query.dtype for one in (query, key, value)):
-        raise UnsupportedSpec("query, key and value are not 4-d, in one dtype")
+    tensors = (query, key, value, _tensor(node))  # autocast changes the result's dtype
+    if any(one.dim() != 4 or one.dtype != query.dtype for one in tensors):
+        raise UnsupportedSpec("its tensors are not 4-d, in one dtype")
+    if any(map(is_traceable_wrapper_subclass, tensors)):
+        raise UnsupportedSpec("its tensors are not plain")
     if given.get("dropout_p") or isinstance(given.get("scale"), Node):
         raise UnsupportedSpec("it drops values, or its scale is computed")
     mask = given.get("attn_mask")
     if mask is not None and _tensor(mask).dtype not in (torch.bool, query.dtype):
         raise UnsupportedSpec(f"its mask is in {_tensor(mask).dtype}")
-    if not given.get("enable_gqa") and not same_shape(query.shape[:2], key.shape[:2]):
+    spread = not given.get("enable_gqa") and not same(query.shape[1], key.shape[1])
+    if spread or not all(same(query.shape[0], one.shape[0]) for one in (key, value)):
         raise UnsupportedSpec("batch or heads of query and key are broadcast")
     sources = [_before_repeat(given[name], node) for name in ("key", "value")]
     if same(*(_tensor(one).shape[1] for one in sources)):

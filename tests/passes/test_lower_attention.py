@@ -132,7 +132,24 @@ def spread(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.
     return attend(q, k[:, :1], v[:, :1])
 
 
-@pytest.mark.parametrize(("way", "why"), [(dropping, "it drops values"), (spread, "broadcast")])
+def spread_batch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
+    return attend(q.expand(3, -1, -1, -1), k, v, enable_gqa=True)
+
+
+def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return attend(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        (dropping, "it drops values"),
+        (spread, "broadcast"),
+        (spread_batch, "broadcast"),
+        (autocast, "in one dtype"),
+    ],
+)
 def test_says_what_it_does_not_read(way: Callable[..., torch.Tensor], why: str) -> None:
     result = lowered(capture(Calls(way), *tensors()))
     (miss,) = result.misses
