@@ -5,8 +5,8 @@
 Layers of Qwen3-30B-A3B's shape with attention, a vocabulary of 32000 and random weights. All
 experts have the values of the first, in memory of their own: quantizing each would take longer than
 the benchmark. Within a kind contenders take turns, each with the whole prompt and then token by
-token, always the most likely one; medians. llama.cpp has all matrices in the kind's bits, or with
-`--rest bf16` only experts, as moecc has.
+token, always the most likely one; medians. moecc and llama.cpp have all matrices in the kind's
+bits, or with `--rest bf16` only experts; routers and norms have more.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--steps", type=int, default=32, help="tokens after the prompt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rest", choices=["bf16"], help="llama.cpp's matrices that no expert has")
+    parser.add_argument("--rest", choices=["bf16"], help="matrices that no expert has")
     parser.add_argument(
         "--profile", action="store_true", help="say what moecc's decode is spent on"
     )
@@ -131,7 +131,7 @@ def contenders(
     model: Qwen3MoeForCausalLM, kind: str, context: int, rest: str | None
 ) -> Iterator[dict[str, Run]]:
     """Name every way to run the model at a kind, moecc's first; weights are shared."""
-    ours = {} if kind == "bf16" else {"quantize": kind}
+    ours = {} if kind == "bf16" else {"quantize": kind, "dense_linears": "auto" if rest else kind}
     runs = {"moecc": _decoder(model, context, torch.compile, backend="moecc", options=ours)}
     runs["transformers bf16 + inductor"] = _decoder(model, context, torch.compile)
     if kind == "bf16":

@@ -23,6 +23,9 @@ from moecc.runtime.errors import InputError, StrictError
 from moecc.runtime.offload.bank import is_lent
 from moecc.runtime.offload.stand_in import is_stand_in, lender_of
 
+_LEAST_CHUNK = 2**14
+"""Elements of a loop of inductor's that are worth a thread, some microseconds of work: waking one
+takes as long, and much longer beside other work. A decoding step has many loops below that."""
 _passes = logging.getLogger("moecc.passes")
 _kernels = logging.getLogger("moecc.kernels")
 
@@ -105,12 +108,15 @@ def _switches_gradients_on(gm: GraphModule) -> bool:
 
 
 def _inner(name: str, mode: str | None) -> Callable[..., Callable[..., Any]]:
-    """Look the inner backend up, with torch.compile's mode turned into inductor's options."""
+    """Look the inner backend up; inductor has torch.compile's mode as options."""
     compiler: Callable[..., Callable[..., Any]] = lookup_backend(name)
-    if name != "inductor" or mode is None:
+    if name != "inductor":
         return compiler
-    patches: dict[str, Any] = torch._inductor.list_mode_options(mode)  # pyright: ignore[reportPrivateUsage]
-    return functools.partial(compiler, config_patches=patches)
+    from torch._inductor import config, list_mode_options  # only a compiled graph needs it
+
+    patches: dict[str, Any] = list_mode_options(mode) if mode else {}
+    chunk = max(_LEAST_CHUNK, config.cpp.min_chunk_size)
+    return functools.partial(compiler, config_patches={"cpp.min_chunk_size": chunk, **patches})
 
 
 def _log(result: Result) -> None:

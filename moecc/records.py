@@ -22,6 +22,7 @@ class Record:
     blocks: tuple[Any, ...]
     lowerings: tuple[Any, ...]
     placements: tuple[Any, ...]
+    attentions: tuple[Any, ...]
     linears: tuple[Any, ...]
     notes: tuple[Miss, ...]
     """What capture saw while the graph was traced."""
@@ -43,6 +44,7 @@ class Record:
             blocks=result.program.blocks,
             lowerings=result.program.lowerings,
             placements=result.program.placements,
+            attentions=result.program.attentions,
             linears=result.program.linears,
             notes=notes,
             tensors=tuple(map(weakref.ref, inputs)),

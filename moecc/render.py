@@ -108,11 +108,12 @@ def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
         _print_described("shared experts", _shared(blocks.values()), console)
         console.print("kernels")
         _print_list(dict.fromkeys(block["kernel"] for block in blocks.values()), console)
-    linears = {one["path"]: one["kernel"] for graph in graphs for one in graph.linears}
-    if linears:
-        console.print("linear layers")
-        counts = Counter(linears.values())
-        _print_list((f"{kernel}: {count} layers" for kernel, count in counts.items()), console)
+    for title, name in (("attention", "attentions"), ("linear layers", "linears")):
+        found = {one["path"]: one["kernel"] for graph in graphs for one in getattr(graph, name)}
+        if found:
+            console.print(title)
+            counts = Counter(found.values())
+            _print_list((f"{kernel}: {count} layers" for kernel, count in counts.items()), console)
     misses = [f"{miss['where']}: {miss['why']}" for graph in graphs for miss in graph.misses]
     if misses:
         console.print("left alone")

@@ -28,6 +28,8 @@ class GraphReport:
     """path, style, source, experts, active, hidden_size, intermediate, dtype, activation, kernel;
     router: text, steps, unknown, matrix, matrix_bias, dtype, reads; shared: text, intermediate,
     gated, activation, gate, then, unknown, or None"""
+    attentions: tuple[dict[str, Any], ...]
+    """path, heads, shared, kernel: attention of a few query tokens that moecc's kernels compute"""
     linears: tuple[dict[str, Any], ...]
     """path, inputs, outputs, dtype, kernel: linear layers that moecc's kernels compute"""
     misses: tuple[dict[str, Any], ...]
@@ -106,6 +108,7 @@ def graph_report(record: Record) -> GraphReport:
         calls=record.calls,
         passes=tuple(map(_pass, record.steps)),
         blocks=tuple(_block(block, kernels.get(block.path, "")) for block in record.blocks),
+        attentions=tuple(map(asdict, record.attentions)),
         linears=tuple(asdict(one) | {"dtype": _name(one.dtype)} for one in record.linears),
         misses=tuple(asdict(miss) for miss in record.misses),
     )

@@ -158,6 +158,19 @@ class DenseLinear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """The attention of a few query tokens that a kernel of ours computes."""
+
+    path: str
+    """Module path in the user's model, `model.layers.3.self_attn`; a label."""
+    heads: int
+    """Of queries."""
+    shared: int
+    """Of keys and values."""
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """A graph plus everything the compiler has decided about it so far.
 
@@ -173,6 +186,7 @@ class Program:
     placements: tuple[Placement, ...] = ()
     prefetches: tuple[Prefetch, ...] = ()
     lowerings: tuple[Lowering, ...] = ()
+    attentions: tuple[Attention, ...] = ()
     linears: tuple[DenseLinear, ...] = ()
 
     def nodes(self) -> Mapping[str, Node]:

@@ -38,8 +38,11 @@ class Options:
     misses: str = "wait"
     """`home` computes an expert in host memory when that is sooner than its copy to a device."""
     kernels: str = "auto"
-    dense_linears: bool | Literal["auto"] = "auto"
-    """Linear layers in bf16 and fp16 run on our kernels; auto is where the CPU widens these."""
+    dense_linears: bool | str | Mapping[str, str] = "auto"
+    """Linear layers in bf16 and fp16 run on our kernels; auto is where the CPU widens these. A
+    scheme, or a mapping to schemes from patterns of paths, has them read low-bit copies."""
+    attention: bool = True
+    """Attention of a few query tokens runs on our kernel, on CPUs."""
     inner: str = "inductor"
     strict: bool = False
 
@@ -56,6 +59,13 @@ class Options:
                 "'*.gate_up_proj'"
             )
         return Schemes(first=gate, second=down) if gate and down else None
+
+    def linear_scheme(self, path: str) -> Scheme | None:
+        """Give the scheme of the linear layer at a path: of a mapping, from the first pattern."""
+        wanted = self.dense_linears
+        if isinstance(wanted, Mapping):
+            wanted = next((one for glob, one in wanted.items() if fnmatch(path, glob)), "auto")
+        return SCHEMES.get(wanted) if isinstance(wanted, str) else None
 
     @property
     def budget(self) -> float | None:
@@ -141,11 +151,25 @@ def _quantize(value: Any) -> Any:
         and 2 < float(found[1]) <= 8.5
     ):
         return value
-    if isinstance(value, Mapping):
-        pairs = dict(cast(Mapping[Any, Any], value))
-        if pairs and all(isinstance(k, str) and v in SCHEMES for k, v in pairs.items()):
-            return pairs
+    if (pairs := _pairs(value)) is not None:
+        return pairs
     raise _bad("quantize", value, allowed)
+
+
+def _pairs(value: Any) -> dict[str, str] | None:
+    """Read a mapping from patterns to schemes; None for anything else."""
+    pairs = dict(cast(Mapping[Any, Any], value)) if isinstance(value, Mapping) else {}
+    fits = all(isinstance(glob, str) and one in SCHEMES for glob, one in pairs.items())
+    return pairs if pairs and fits else None
+
+
+def _dense_linears(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, str) and value in ("auto", *SCHEMES)):
+        return value
+    if (pairs := _pairs(value)) is not None:
+        return pairs
+    allowed = f"True, False, 'auto', one of {list(SCHEMES)}, or a mapping to them from patterns"
+    raise _bad("dense_linears", value, f"{allowed} of paths ('*.self_attn.*')")
 
 
 def _lookahead(value: Any) -> Any:
@@ -178,11 +202,11 @@ def _inner(value: Any) -> str:
     raise _bad("inner", value, f"a registered backend: {[b for b in backends if b != 'moecc']}")
 
 
-def _flag(key: str, *others: str) -> Any:
-    def check(value: Any) -> bool | str:
-        if isinstance(value, bool) or value in others:
+def _flag(key: str) -> Any:
+    def check(value: Any) -> bool:
+        if isinstance(value, bool):
             return value
-        raise _bad(key, value, " or ".join(["True", "False", *map(repr, others)]))
+        raise _bad(key, value, "True or False")
 
     return check
 
@@ -195,7 +219,8 @@ _CHECKS: dict[str, Any] = {
     "trace": _trace,
     "misses": _one_of("misses", MISSES),
     "kernels": _one_of("kernels", EMITTERS),
-    "dense_linears": _flag("dense_linears", "auto"),
+    "dense_linears": _dense_linears,
+    "attention": _flag("attention"),
     "inner": _inner,
     "strict": _flag("strict"),
 }

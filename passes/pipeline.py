@@ -13,6 +13,7 @@ from moecc.passes.fuse_experts import fuse_experts
 from moecc.passes.insert_prefetch import insert_prefetch
 from moecc.passes.ir import Miss, Outcome, Program
 from moecc.passes.lower import lower
+from moecc.passes.lower_attention import lower_attention
 from moecc.passes.options import Options
 from moecc.passes.pattern import mutates
 from moecc.passes.quantize_experts import quantize_experts
@@ -29,6 +30,7 @@ PIPELINE: tuple[Pass, ...] = (
     schedule_offload,  # after quantize: the budget counts real bytes
     insert_prefetch,  # after schedule: which experts live elsewhere is known
     lower,  # after these: the kernel depends on scheme and placement
+    lower_attention,
     dense_linears,  # last: passes before read routers and shared experts as linear layers
 )
 

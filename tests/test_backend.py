@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 
 import moecc
+from moecc import backend
 from moecc.records import all_records
 from moecc.runtime.errors import OptionError
 from moecc.tiny import tiny_model
@@ -167,3 +169,12 @@ def test_the_environment_asks_for_logs_and_graphs(tmp_path: Path) -> None:
     assert "moecc.kernels" in result.stderr
     names = {file.name for file in (tmp_path / "graph0").iterdir()}
     assert {"02_fuse_experts.before.txt", "02_fuse_experts.after.txt", "kernel0.txt"} <= names
+
+
+def test_loops_of_inductor_get_threads_for_enough_work_and_a_mode_is_kept() -> None:
+    patches = backend._inner("inductor", "reduce-overhead").keywords["config_patches"]
+    assert patches == {"cpp.min_chunk_size": 2**14, "triton.cudagraphs": True}
+    with inductor.patch({"cpp.min_chunk_size": 2**15}):
+        assert backend._inner("inductor", None).keywords["config_patches"] == {
+            "cpp.min_chunk_size": 2**15
+        }

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.fx import GraphModule
+from transformers import StaticCache
 
 import moecc
 from moecc.passes.ir import Program
@@ -61,6 +62,24 @@ def check_family(family: str, inner: str, implementation: str | None) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_agrees_with_eager(family: str) -> None:
     check_family(family, "eager", None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "phimoe"])
+def test_a_static_cache_is_read_in_place(family: str) -> None:
+    """Also by several tokens at once; deepseek_v3's values have another size than its keys."""
+    plain, ours = (tiny_model(family) for _ in range(2))
+    compiled = torch.compile(ours, backend="moecc", options={"inner": "eager"})
+    caches = [StaticCache(config=one.config, max_cache_len=24) for one in (plain, ours)]
+    with torch.no_grad():
+        for count, call in ((6, ours), (1, compiled), (1, compiled), (3, compiled), (1, compiled)):
+            tokens = ids(2, count)
+            expected = plain(tokens, past_key_values=caches[0]).logits
+            got = call(tokens, past_key_values=caches[1]).logits
+            assert relative_error(got, expected) < TOLERANCE
+    config: Any = ours.config
+    first = moecc.report(ours).graphs[0].attentions
+    assert len(first) == config.num_hidden_layers
+    assert {one["shared"] for one in first} == {config.num_key_value_heads}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -202,13 +202,13 @@ def _types(spec: KernelSpec) -> list[str]:
         stored = "uint8_t"
         # A task of the first product makes whole blocks of the second's inputs.
         rows = max(spec.schemes.second.block, 64) * (2 if spec.gated else 1)
-        first = _product(spec.schemes.first, rows)
-        second = _product(spec.schemes.second, 64)
+        first = product(spec.schemes.first, rows)
+        second = product(spec.schemes.second, 64)
     names = {"Model": model, "Stored": stored, "First": first, "Second": second}
     return [f"using {name} = {kind};" for name, kind in names.items()]
 
 
-def _product(scheme: Scheme, rows: int) -> str:
+def product(scheme: Scheme, rows: int) -> str:
     """Name the product with so many rows a task."""
     whole_rows, zeros, points = (
         str(one).lower() for one in (scheme.group is None, scheme.zeros, scheme.points)

@@ -1,14 +1,13 @@
-// One dense layer, y = W x + b, of a model whose values are `Model`: bf16 or fp16.
-
-using Product = Dot<Model>;
+// One dense layer, y = W x + b. What is fixed when the source is emitted stands above: Model (the type
+// of inputs, bias and results), Stored (that of weights), Product, and GRAIN, the rows that lie together.
 
 struct Linear {
   const Model* x;        // [T, K]
-  const Model* weights;  // [N, K]
+  const Stored* weights;  // [N, K]
   const Model* bias;     // [N], or null
   Model* out;            // [T, N]
   int64_t T, K, N;
-  int64_t row;  // elements from one row of weights to the next
+  int64_t row;  // elements from one row of weights, or panel, to the next
   int64_t threads;
 };
 
@@ -20,11 +19,11 @@ struct Run {
   const Scratch<Product::Input> x{layer.T * x_row};
   // Small enough that each thread has a few tasks, and no less than a tile: sums do not depend on it.
   const int64_t width =
-      std::clamp<int64_t>(layer.N / (4 * threads) / 4 * 4, 4, int64_t(Product::PANEL));
+      std::clamp<int64_t>(layer.N / (4 * threads) / GRAIN * GRAIN, GRAIN, Product::PANEL);
 
   int64_t tasks() const { return (layer.N + width - 1) / width; }
 
-  Rows<Model> weights(int64_t task) const {
+  Rows<Stored> weights(int64_t task) const {
     return Product::at(layer.weights, layer.row, task * width);
   }
 
@@ -42,7 +41,7 @@ struct Run {
       int tokens = int(std::min<int64_t>(CHUNK, layer.T - first));
       const Product::Input* inputs[CHUNK];
       for (int t = 0; t < tokens; ++t) inputs[t] = x.memory + (first + t) * x_row;
-      Rows<Model> own = weights(task), next = first + CHUNK < layer.T ? own : weights(next_task);
+      Rows<Stored> own = weights(task), next = first + CHUNK < layer.T ? own : weights(next_task);
       Product::product(own, count, next, inputs, tokens, layer.K, products, Product::PANEL);
       for (int t = 0; t < tokens; ++t) {
         Model* out = layer.out + (first + t) * layer.N + from;

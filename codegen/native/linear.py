@@ -1,28 +1,36 @@
-"""Write a dense layer, y = x W^T + b, for models in bf16 and fp16, and call it.
+"""Write a dense layer, y = x W^T + b, and call it.
 
-Weights are read where the model has them. Sums are float32 and the bias is added before the result
-is rounded, once. A token's row has the same bits for any number of threads, and whichever other
-tokens share the batch. Where the CPU has bf16 dot products, those are used.
+Weights are read where the model has them, in bf16 or fp16, or from a low-bit copy that is packed
+on the first call and stays beside them; inputs are rounded then as experts' are (`emit.py`). Sums
+are float32 and the bias is added before the result is rounded, once. A token's row has the same
+bits for any number of threads, and whichever other tokens share the batch. Where the CPU has bf16
+dot products, those are used.
 """
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from moecc.codegen.native.build import load
-from moecc.codegen.native.emit import TYPES, address, plain, template, thread_count
+from moecc.codegen.native.emit import TYPES, address, plain, product, template, thread_count
 from moecc.runtime.errors import InputError, UnsupportedSpec
 from moecc.runtime.linear import LinearFn
+from moecc.runtime.schemes.copies import Copies
+from moecc.runtime.schemes.packing import pack, panel_bytes, quantize
+from moecc.runtime.schemes.scheme import Scheme
 
 DTYPES = (torch.bfloat16, torch.float16)
 """What models compute in that a CPU may have to widen first."""
+GRAIN = 16
+"""Rows of a packed panel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearKernel:
-    """What serves every dense layer of a dtype."""
+    """What serves every dense layer of a dtype and a scheme."""
 
     key: str
     """Its name in graphs, reports and counters."""
@@ -39,13 +47,14 @@ class _Linear(ctypes.Structure):
     ]
 
 
-def emit(dtype: torch.dtype) -> LinearKernel:
-    """Write and build the kernel of all dense layers of a dtype.
+def emit(dtype: torch.dtype, scheme: Scheme | None = None) -> LinearKernel:
+    """Write and build the kernel of all dense layers of a dtype, on copies in `scheme` if given.
 
     Raises `UnsupportedSpec` for a dtype that it is not for, `NoCompiler` (an `UnsupportedSpec`)
-    when nothing can build it, `BuildError` when the build fails.
+    when nothing can build it, `BuildError` when the build fails. The kernel raises `InputError`
+    for weights that the scheme cannot hold (`packing.quantize`).
     """
-    source = write(dtype)
+    source = write(dtype, scheme)
     function = _load(source)
 
     def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -53,25 +62,52 @@ def emit(dtype: torch.dtype) -> LinearKernel:
         x = plain(x, dtype)
         bias = None if bias is None else plain(bias, dtype)
         outputs, inputs = weight.shape
+        if scheme is None:
+            stored, row = weight, weight.stride(0)
+        else:
+            stored, row = _copies(scheme).of((weight,)), panel_bytes(inputs, scheme)
         out = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
         rows = out.numel() // outputs
-        tensors = map(address, (x, weight, bias, out))
-        call = _Linear(*tensors, rows, inputs, outputs, weight.stride(0), thread_count())
+        tensors = map(address, (x, stored, bias, out))
+        call = _Linear(*tensors, rows, inputs, outputs, row, thread_count())
         if function(ctypes.byref(call)):
             raise MemoryError(f"a linear layer {[*weight.shape]} of {rows} tokens")
         return out
 
     name = str(dtype).removeprefix("torch.")
-    return LinearKernel(key=f"native: linear {name} cpu", run=run, source=source)
+    emitter = "native" if scheme is None else f"native {scheme}"
+    return LinearKernel(key=f"{emitter}: linear {name} cpu", run=run, source=source)
 
 
-def write(dtype: torch.dtype) -> str:
+def write(dtype: torch.dtype, scheme: Scheme | None = None) -> str:
     """Write the C++ source of a dtype's dense layers; raises `UnsupportedSpec`."""
-    if dtype not in DTYPES:
-        names = ", ".join(map(str, DTYPES))
+    allowed = DTYPES if scheme is None else tuple(TYPES)
+    if dtype not in allowed:
+        names = ", ".join(map(str, allowed))
         raise UnsupportedSpec(f"dense layers of {names} have native kernels, of {dtype} none")
-    parts = map(template, ("vec.h", "dot.h", "team.h", "tasks.h"))
-    return "\n".join([*parts, f"using Model = {TYPES[dtype]};", template("linear.cpp")])
+    model = TYPES[dtype]
+    if scheme is None:
+        header, kinds, grain = ("dot.h",), (model, f"Dot<{model}>"), 4
+    else:
+        header, kinds = ("quantized.h", "floating.h"), ("uint8_t", product(scheme, 64))
+        grain = GRAIN
+    facts = f"using Model = {model};\nusing Stored = {kinds[0]};\nusing Product = {kinds[1]};\n"
+    facts += f"constexpr int64_t GRAIN = {grain};"
+    parts = map(template, ("vec.h", *header, "team.h", "tasks.h"))
+    return "\n".join([*parts, facts, template("linear.cpp")])
+
+
+@functools.cache
+def _copies(scheme: Scheme) -> Copies[torch.Tensor]:
+    """Keep what is packed in a scheme once for all graphs."""
+
+    @torch.no_grad()
+    def packed(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        (weight,) = tensors
+        assert weight is not None
+        return pack(quantize(weight, scheme), scheme)
+
+    return Copies(packed)
 
 
 def reads(weight: torch.Tensor) -> bool:

@@ -48,7 +48,7 @@ class Copies(Generic[Made]):
 
 
 def _place(tensor: torch.Tensor) -> object:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _version(tensor: torch.Tensor) -> int:

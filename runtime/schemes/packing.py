@@ -12,6 +12,7 @@ One vector of a kernel then belongs to as many rows, and sums need no addition a
 are filled up to whole panels and columns to whole blocks; what is filled up is multiplied by zero.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -104,6 +105,7 @@ def _in_blocks(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return weight[:, column]
 
 
+@functools.cache
 def panel_bytes(columns: int, scheme: Scheme) -> int:
     """Size of 16 rows of so many columns."""
     return scale_bytes(columns, scheme) + ROWS * _filled(columns, scheme.block) * scheme.bits // 8
@@ -116,6 +118,7 @@ def scale_bytes(columns: int, scheme: Scheme) -> int:
     return _filled(size, LINE)
 
 
+@functools.cache
 def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
     """Size of a packed matrix."""
     return -(-rows // ROWS) * panel_bytes(columns, scheme)

@@ -8,11 +8,12 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 
-from moecc.codegen.native import build, emit, linear
+from moecc.codegen.native import build, emit
 from moecc.codegen.spec import KernelSpec
 
 FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -24,15 +25,15 @@ class Found(AssertionError):
 
 
 def run_sanitized(
-    spec: KernelSpec | torch.dtype,
+    spec: KernelSpec | tuple[Any, ...],
     *tensors: torch.Tensor | None,
     change: tuple[str, str] | None = None,
 ) -> torch.Tensor:
     """Run a kernel under the sanitizers, with `change` made in its source; give its output.
 
-    A dtype is that of a dense layer. Raises `Found` when a sanitizer finds something.
+    A tuple is an emitter and what it is given. Raises `Found` when a sanitizer finds something.
     """
-    emitter = linear if isinstance(spec, torch.dtype) else emit
+    emitter, *given = spec if isinstance(spec, tuple) else (emit, spec)
     name = emitter.__name__.replace("emit", "experts").rpartition(".")[2]
     buffers: dict[int, torch.Tensor] = {}
 
@@ -49,7 +50,7 @@ def run_sanitized(
         return functools.partial(_call, _library(source, flags), f"moecc_{name}", buffers)
 
     with mock.patch.object(emitter, "address", address), mock.patch.object(emitter, "_load", load):
-        return emitter.emit(spec).run(*tensors)
+        return emitter.emit(*given).run(*tensors)
 
 
 def _call(library: Path, name: str, buffers: dict[int, torch.Tensor], reference: object) -> int:

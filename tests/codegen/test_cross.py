@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moecc.codegen.native import linear
+from moecc.codegen.native import attention, linear
 from moecc.codegen.native.emit import write
 from tests.codegen.native_cases import DTYPES, STYLES, make_spec
 from tests.codegen.test_quantized import KINDS, low_bit
@@ -19,6 +19,10 @@ SPECS = {
 }
 SOURCES = {name: write(spec) for name, spec in SPECS.items()}
 SOURCES |= {f"linear-{dtype}": linear.write(dtype) for dtype in linear.DTYPES}
+SOURCES |= {f"linear-{kind}": linear.write(torch.bfloat16, kind) for kind in KINDS[:1]}
+
+
+SOURCES |= {f"attention-{dtype}": attention.write(dtype) for dtype in DTYPES}
 
 
 @pytest.mark.skipif(shutil.which(ARM) is None, reason=f"needs {ARM}")

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from moecc.codegen.native import isa, linear
 from moecc.runtime import linear as operator
 from moecc.runtime.errors import InputError, UnsupportedSpec
+from moecc.runtime.schemes.packing import dequantize, quantize
+from moecc.runtime.schemes.scheme import SCHEMES
 from tests.codegen.sanitized import Found, run_sanitized
+from tests.models import relative_error
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="native kernels are built on Linux"
@@ -81,6 +84,38 @@ def test_a_token_does_not_depend_on_the_batch_or_on_the_threads(dtype, k, n):
         assert torch.equal(run(x[:count], weight, bias), together[:count])
 
 
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [
+        *((name, "native") for name in ("int8", "int4", "mxfp4", "fp8-b128")),
+        ("int8", "haswell"),
+        ("int4", "x86-64"),
+    ],
+)
+def test_low_bits_compute_what_codes_stand_for(name, machine, monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", f"{os.environ.get('CXXFLAGS', '')} -march={machine}")
+    linear._load.cache_clear()
+    scheme, (x, weight, bias) = SCHEMES[name], make_layer(torch.bfloat16, 53, 300, 77)
+    run = linear.emit(torch.bfloat16, scheme).run
+    linear._load.cache_clear()
+    together = run(x, weight, bias)
+    codes = dequantize(quantize(weight, scheme), scheme)[:, :300].bfloat16()
+    want = torch.nn.functional.linear(x.double(), codes.double(), bias.double())
+    assert relative_error(together, want) < 0.015  # inputs have 8 bits, or bf16 results
+    assert torch.equal(run(x[5:6], weight, bias), together[5:6])
+
+
+def test_low_bit_copies_are_packed_once_and_again_after_a_write(monkeypatch):
+    packed, pack = [], linear.pack
+    monkeypatch.setattr(linear, "pack", lambda *given: packed.append(1) or pack(*given))
+    x, weight, _ = make_layer(torch.float32, 2, 64, 32)
+    runs = [linear.emit(torch.float32, SCHEMES["int8"]).run for _ in range(2)]  # of two graphs
+    first = [run(x, weight, None) for run in runs]
+    weight.mul_(2)
+    assert torch.allclose(runs[0](x, weight, None), 2 * first[1])
+    assert len(packed) == 2
+
+
 @pytest.mark.parametrize("dtype", linear.DTYPES, ids=str)
 def test_tensors_may_lie_anywhere(dtype):
     layer = x, weight, bias = make_layer(dtype, 6, 40, 24)
@@ -143,13 +178,23 @@ def test_the_sanitizers_find_nothing(dtype, machine, monkeypatch):
     for tokens, k, n in SHAPES:
         for bias in (False, True):
             layer = make_layer(dtype, tokens, k, n, bias)
-            assert_exact(run_sanitized(dtype, *layer), layer)
+            assert_exact(run_sanitized((linear, dtype), *layer), layer)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8-b128"])
+def test_the_sanitizers_find_nothing_in_low_bits(name):
+    for tokens, k, n in SHAPES:
+        layer = make_layer(torch.bfloat16, tokens, k, n)
+        want = linear.emit(torch.bfloat16, SCHEMES[name]).run(*layer)
+        assert torch.equal(run_sanitized((linear, torch.bfloat16, SCHEMES[name]), *layer), want)
 
 
 def test_the_sanitizers_find_a_planted_mistake():
     change = ("std::min(width, layer.N - from)", "width")
     with pytest.raises(Found, match="heap-buffer-overflow"):
-        run_sanitized(torch.bfloat16, *make_layer(torch.bfloat16, 3, 40, 25), change=change)
+        run_sanitized(
+            (linear, torch.bfloat16), *make_layer(torch.bfloat16, 3, 40, 25), change=change
+        )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from moecc.passes.pipeline import PIPELINE, Result, run
 from moecc.passes.text import graph_diff
 from moecc.runtime import ops
 from moecc.runtime.errors import OptionError, StrictError
-from tests.models import capture, relative_error
+from moecc.runtime.schemes.packing import dequantize, quantize
+from moecc.runtime.schemes.scheme import INT8_GROUPS, int4
+from tests.models import HIDDEN, GroupedMoe, capture, relative_error, tokens
 
 H, KERNEL = 48, "native: linear bfloat16 cpu"
 ON = Options(dense_linears=True)
@@ -131,6 +133,50 @@ def test_without_a_compiler_torch_computes_them_and_it_is_a_fallback(
         handed(captured.gm, Options(strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scheme_has_layers_read_low_bit_copies(dtype: torch.dtype) -> None:
+    model, x = Mlp(dtype), rows(6, dtype)
+    captured = capture(model, x)
+    result = handed(captured.gm, Options(dense_linears={"up": "int8-g32", "*": "int4"}))
+    name = str(dtype).removeprefix("torch.")
+    assert [one.kernel for one in result.program.linears] == [
+        f"native {scheme}: linear {name} cpu" for scheme in ("int8-g32", "int4-g32")
+    ]
+    with torch.no_grad():
+        for part, scheme in ((model.up, INT8_GROUPS), (model.down, int4())):
+            stands_for = dequantize(quantize(part.weight, scheme), scheme)
+            part.weight.copy_(stands_for[:, : part.in_features])  # its own nearest codes
+        assert 0 < relative_error(captured.run(), model(x)) < 0.02  # inputs have 8 bits
+
+
+def test_layers_that_score_experts_and_gates_are_not_rounded() -> None:
+    class Gated(GroupedMoe):
+        def __init__(self) -> None:
+            super().__init__(experts=16)
+            self.out, self.gate = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 1)
+            self.bfloat16()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(super().forward(x)) * self.gate(x).sigmoid()
+
+    program = Program(gm=capture(Gated(), tokens(6)).gm)
+    result = run(program, Options(dense_linears="int8", kernels="native"))
+    kernels = {one.path: one.kernel for one in result.program.linears}
+    lossless = {} if isa.multiplies(torch.bfloat16) else {"pick.proj": KERNEL, "gate": KERNEL}
+    assert kernels == lossless | {"out": "native int8: linear bfloat16 cpu"}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"kernels": "auto"}, "not in int8: its weight is computed"), ({"kernels": "torch"}, "int8")],
+)
+def test_a_scheme_that_is_not_followed_is_a_fallback(options: dict[str, Any], why: str) -> None:
+    captured = capture(Computed(H, 24).bfloat16(), rows())
+    (miss,) = handed(captured.gm, Options(dense_linears="int8", **options)).misses
+    assert miss.fallback
+    assert why in miss.why
+
+
 def test_lengths_share_a_graph_and_calls_are_counted() -> None:
     model = Mlp()
     compiled = torch.compile(
@@ -160,6 +206,9 @@ def test_routers_are_read_before_their_linear_layer_is_replaced() -> None:
 
 
 def test_the_option_is_checked() -> None:
-    assert Options.parse({"dense_linears": False}).dense_linears is False
-    with pytest.raises(OptionError, match="'dense_linears' is 'yes'; allowed: True or False or"):
+    for value in (False, "auto", "int8", {"*.down": "int4"}):
+        assert Options.parse({"dense_linears": value}).dense_linears == value
+    with pytest.raises(
+        OptionError, match="'dense_linears' is 'yes'; allowed: True, False, 'auto', one"
+    ):
         Options.parse({"dense_linears": "yes"})
