@@ -104,6 +104,8 @@ class MoeBlock:
     """What the experts are quantized to; None keeps the model's dtype (`quantize_experts`)."""
     router: Router | None = None
     """How `ids` and `weights` are made, as a description (`describe_blocks`)."""
+    router_kernel: str = ""
+    """What makes them of the logits in one launch; empty where the model's own nodes do."""
     shared: SharedExpert | None = None
     """The dense MLP whose output is added to the block's, likewise; None if there is none."""
 

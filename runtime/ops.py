@@ -242,9 +242,7 @@ def _refuse_gradient(name: str) -> Callable[..., None]:
     return backward
 
 
-def define(
-    schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
-) -> None:
+def define(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
     """Register with `Library`, not `custom_op`, which costs 100 us more a call."""
     name = schema.partition("(")[0]
     _library.define(schema)

@@ -26,6 +26,7 @@ def test_a_model_on_cuda_runs_triton_kernels_in_one_graph(
     assert (found["graphs"], found["blocks"]) == (1, 2), "a graph for every token count"
     assert found["kernels"] == [found["expected"]]
     assert found["expected"].startswith("triton int4-g32: " if quantize else "triton: ")
+    assert found["routers"] == ["triton: softmax, top-2 of 8, / (sum + 0) float32 float32"]
     assert found["misses"] == []
     assert found["launches"] == [
         *("decode_down", "decode_gate_up", "grouped_down", "grouped_gate_up"),
