@@ -146,7 +146,7 @@ class Launches:
     def helpers(self) -> list[Any]:
         """List a function of each module that the kernels call."""
         packed = [import_kernel("load_packed", "low_bit")] if self.spec.schemes else []
-        return [import_kernel("locate", "choices"), *packed]
+        return [import_kernel("locate", "choices"), import_kernel("add_shared", "shared"), *packed]
 
     def every(self) -> list[Launch]:
         """List the kernels, those that differ only in tile height one after the other."""

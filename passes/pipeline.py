@@ -11,6 +11,7 @@ from moecc.passes.dense_linears import dense_linears
 from moecc.passes.detect_moe import detect_moe
 from moecc.passes.fuse_experts import fuse_experts
 from moecc.passes.fuse_routers import fuse_routers
+from moecc.passes.fuse_shared import fuse_shared
 from moecc.passes.insert_prefetch import insert_prefetch
 from moecc.passes.ir import Miss, Outcome, Program
 from moecc.passes.lower import lower
@@ -30,6 +31,7 @@ PIPELINE: tuple[Pass, ...] = (
     schedule_offload,  # after quantize: the budget counts real bytes
     insert_prefetch,  # after schedule: which experts live elsewhere is known
     lower,  # after these: the kernel depends on scheme and placement
+    fuse_shared,  # after lower: kernels for GPUs add shared experts
     fuse_routers,  # after insert_prefetch: predictions copy the model's own router
     dense_linears,  # last: passes before read routers and shared experts as linear layers
 )

@@ -23,6 +23,7 @@ from moecc.runtime import bank
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.runtime.shared import add_shared
 from moecc.runtime.watch import Use, uses
 
 ExpertsFn = Callable[
@@ -39,7 +40,10 @@ ExpertsFn = Callable[
     ],
     torch.Tensor,  # [T, H], dtype and device of hidden
 ]
-"""out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k]."""
+"""out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k].
+
+Kernels for GPUs take the keywords `shared` and `shared_gate` besides (`runtime.shared`).
+"""
 
 AddExpertsFn = Callable[..., None]
 """Add what some experts give: `add(onto, slots, *arguments of ExpertsFn)`.
@@ -56,7 +60,7 @@ AdderFor = Callable[[Schemes | None], AddExpertsFn]
 calls: Counter[str] = Counter()
 """How often each kernel ran in this process, compiled and eager roads together."""
 
-_kernels: dict[str, tuple[ExpertsFn, AdderFor | None]] = {}
+_kernels: dict[str, tuple[Callable[..., torch.Tensor], AdderFor | None]] = {}
 _library = torch.library.Library("moecc", "DEF")
 
 
@@ -77,10 +81,13 @@ def run_experts(
     learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
+    shared: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run a block's experts with the kernel of this key; shapes are those of `ExpertsFn`.
 
-    `after` are predictions that have to be made before, and nothing else.
+    `after` are predictions that have to be made before, and nothing else. What is `shared` is added
+    (`runtime.shared`), by the kernel where one call computes all experts.
     """
     found = _kernels.get(kernel)
     if found is None:
@@ -97,12 +104,16 @@ def run_experts(
         if learned is not None:
             raise InputError(f"kernel {kernel!r} multiplies by a vector that is not on disk")
         adder = adder_for(lender.schemes)
-        return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
+        out = lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
+        return add_shared(out, shared, shared_gate)
     for watcher in uses:
         use = Use(kernel=kernel, active=ids.shape[1], gate_up=gate_up, down=down, up=up)
         watcher.append(use)
     bank.refresh(gate_up)
-    return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
+    tensors = (hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
+    if shared is None:
+        return run(*tensors)
+    return run(*tensors, shared=shared, shared_gate=shared_gate)
 
 
 def _experts_apart(
@@ -186,6 +197,8 @@ def _fake_experts(
     learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
+    shared: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     refuse_meta(gate_up)
     return hidden.new_empty(hidden.shape)
@@ -254,7 +267,7 @@ def define(schema: str, run: Callable[..., object], fake: Callable[..., object])
 define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, Tensor? learned, str kernel, "
-    "Tensor[]? after=None) -> Tensor",
+    "Tensor[]? after=None, Tensor? shared=None, Tensor? shared_gate=None) -> Tensor",
     run_experts,
     _fake_experts,
 )

@@ -78,6 +78,9 @@ def main() -> None:
         "graphs": len(records),
         "blocks": len(blocks),
         "kernels": sorted({one.kernel for one in lowerings if one.block in paths}),
+        "shared": sum(
+            "shared experts" in step.note and step.rewrites for one in records for step in one.steps
+        ),
         "routers": sorted({block.router_kernel for block in blocks}),
         "expected": kernel.key,
         "misses": [miss.why for record in records for miss in record.misses] + [*declined],

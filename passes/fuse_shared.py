@@ -1,0 +1,126 @@
+"""Have each block's kernel add the shared expert's output, on GPUs.
+
+Needs: blocks, lowerings.  Adds: nothing.  Graph: the experts' call takes what was added to it.
+
+    out = moecc.experts(hidden, ids, weights, ...)
+    mlp = linear(silu(linear(hidden)) * linear(hidden))
+    total = out + sigmoid(gate) * mlp
+→
+    mlp = linear(silu(linear(hidden)) * linear(hidden))
+    total = moecc.experts(hidden, ids, weights, ..., shared=mlp, shared_gate=gate)
+
+The last launch of the experts adds it where it stores the sum over k, with no launch, reads and
+writes of its own. Bits stay those of separate operators (`codegen/kernels/shared.py`).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from moecc.passes.build import Builder
+from moecc.passes.ir import MoeBlock, Outcome, Program
+from moecc.passes.options import Options
+from moecc.passes.pattern import mutates
+from moecc.passes.router.values import Unreadable, Values, plain_name, tensor, width
+from moecc.passes.shared import read_gate, read_shared
+from moecc.passes.sizes import same_shape
+
+_VIEWS = {"to", "view", "reshape", "contiguous", "flatten", "type_as"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sum:
+    """A sum of what a call gives and a shared expert's output."""
+
+    between: tuple[Node, ...]
+    """Views of the call's result, in order, that nothing else reads."""
+    add: Node
+    shared: Node
+    gate: Node | None
+    """[.., 1] whose sigmoid scales `shared`."""
+
+
+def fuse_shared(program: Program, options: Options) -> Outcome:
+    """Move every shared expert that is described into its block's call."""
+    nodes = program.nodes()
+    kernels = {one.block: one.kernel for one in program.lowerings}
+    blocks: list[MoeBlock] = []
+    for block in program.blocks:
+        blocks.append(block)
+        call = nodes[block.output]
+        if not kernels.get(block.path, "").startswith("triton") or call.kwargs.get("shared"):
+            continue
+        if block.shared is None or call.target is not torch.ops.moecc.experts.default:
+            continue
+        found = _sum(Values(call.graph), nodes[block.hidden], call)
+        if found is not None:
+            blocks[-1] = replace(block, output=_fuse(call, found, block.hidden_size).name)
+    count = sum(one is not other for one, other in zip(blocks, program.blocks, strict=True))
+    note = f"{count} of {sum(one.shared is not None for one in blocks)} shared experts"
+    return Outcome(program=replace(program, blocks=tuple(blocks)), rewrites=count, note=note)
+
+
+def _sum(values: Values, hidden: Node, call: Node) -> _Sum | None:
+    """Find where a shared expert is added to what a call gives, and to nothing else of it."""
+    between: list[Node] = []
+    node = call
+    while len(node.users) == 1:
+        (user,) = node.users
+        name = plain_name(user)
+        if name in _VIEWS and user.args[0] is node and _dtype(user) == _dtype(call):
+            between.append(user)
+            node = user
+            continue
+        if name != "add" or len(user.args) != 2 or user.kwargs:
+            return None
+        left, right = user.args
+        other = right if left is node else left
+        if not isinstance(other, Node) or (mutates(user) and left is not node):
+            return None
+        return _read(values, tuple(between), user, other, values.plain(hidden), call)
+    return None
+
+
+def _read(
+    values: Values, between: tuple[Node, ...], add: Node, other: Node, hidden: Node, call: Node
+) -> _Sum | None:
+    """Take what is added apart; None if it is no shared expert of the call's shape and dtype."""
+    inputs = (*call.all_input_nodes, other)
+    ours, theirs = tensor(add), tensor(other)
+    alike = ours is not None and theirs is not None and same_shape(ours.shape, theirs.shape)
+    if not alike or not _dtype(other) == _dtype(call) == _dtype(add):
+        return None
+    if any(values.at(one, add) is not values.at(one, call) for one in inputs):
+        return None
+    try:
+        shared = read_shared(values, other, hidden, call)
+        if shared is None or shared.unknown:
+            return None
+        product = values.plain(other)
+        if shared.gate == "sigmoid" and _dtype(product) == _dtype(call):
+            _, gate, mlp = read_gate(values, product, hidden)
+            if _dtype(gate) == _dtype(mlp) == _dtype(call) and width(mlp) == width(other):
+                return _Sum(between=between, add=add, shared=mlp, gate=gate)
+    except Unreadable:
+        return None
+    return _Sum(between=between, add=add, shared=other, gate=None)
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = tensor(node)
+    return None if value is None else value.dtype
+
+
+def _fuse(call: Node, found: _Sum, width: int) -> Node:
+    """Put the call where the sum was."""
+    build = Builder(call.graph, found.add)
+    gate = None if found.gate is None else build.matrix(found.gate, 1)
+    kwargs = {**call.kwargs, "shared": build.matrix(found.shared, width), "shared_gate": gate}
+    experts = torch.ops.moecc.experts.default
+    fused = build.function(experts, *call.args, name="experts", **kwargs)
+    result = build.shaped(fused, found.add.meta["example_value"].shape)
+    found.add.replace_all_uses_with(result)
+    for node in (found.add, *reversed(found.between), call):
+        call.graph.erase_node(node)
+    return fused
