@@ -103,7 +103,7 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
         "bias_ptr": not spec.bias,
         "up_ptr": not spec.split,
         "learned_ptr": not spec.learned,
-        **dict.fromkeys(("slots_ptr", "shared_ptr", "gate_ptr"), True),
+        **dict.fromkeys(("slots_ptr", "shared_ptr", "scale_ptr"), True),
     }
     given = [name for name in names if not absent.get(name)]
     return _compile(launch, argument_types(spec, given), target)

@@ -46,7 +46,7 @@ def run_decode(launches: Launches, x: Inputs, out: torch.Tensor) -> None:
     tensors = (x.gate_up, x.up, x.gate_up_bias, x.learned, x.slots, inner)
     first(grid, x.hidden, x.ids, *tensors, active, MATRIX=x.gate_up.stride(0))
     grid = (_blocks(spec.hidden, second.constants["BLOCK_N"]), tokens)
-    tensors = (inner, x.ids, x.weights, x.down, x.down_bias, x.slots, x.shared, x.shared_gate, out)
+    tensors = (inner, x.ids, x.weights, x.down, x.down_bias, x.slots, x.shared, x.shared_scale, out)
     second(grid, *tensors, active, DOWN_MATRIX=x.down.stride(0), **_choices(active))
 
 
@@ -94,7 +94,7 @@ def run_grouped(launches: Launches, x: Inputs, out: torch.Tensor, block_m: int) 
     tensors = (inner, x.down, x.down_bias, x.slots, x.weights, order, tiles, terms)
     grouped.down(grid, *tensors, num_tiles, DOWN_MATRIX=x.down.stride(0))
     grid = (tokens, _blocks(spec.hidden, launches.reduce_terms.constants["BLOCK"]))
-    tensors = (terms, x.ids, x.slots, x.shared, x.shared_gate, out)
+    tensors = (terms, x.ids, x.slots, x.shared, x.shared_scale, out)
     launches.reduce_terms(grid, *tensors, active, **_choices(active))
 
 
@@ -138,12 +138,12 @@ def run_experts(
     plan: Plan | None,
     *tensors: torch.Tensor | None,
     shared: torch.Tensor | None = None,
-    shared_gate: torch.Tensor | None = None,
+    shared_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the block as `ExpertsFn` says, and `add_shared` to it."""
-    x = make_inputs(*tensors, shared=shared, shared_gate=shared_gate)
+    x = make_inputs(*tensors, shared=shared, shared_scale=shared_scale)
     if not x.ids.numel():
-        return add_shared(torch.zeros_like(x.hidden), shared, shared_gate)
+        return add_shared(torch.zeros_like(x.hidden), shared, shared_scale)
     out = torch.empty_like(x.hidden)
     run_into(launches, plan, x, out)
     return out

@@ -4,10 +4,10 @@ Needs: blocks, lowerings.  Adds: nothing.  Graph: the experts' call takes what w
 
     out = moecc.experts(hidden, ids, weights, ...)
     mlp = linear(silu(linear(hidden)) * linear(hidden))
-    total = out + sigmoid(gate) * mlp
+    total = out + gate * mlp
 →
     mlp = linear(silu(linear(hidden)) * linear(hidden))
-    total = moecc.experts(hidden, ids, weights, ..., shared=mlp, shared_gate=gate)
+    total = moecc.experts(hidden, ids, weights, ..., shared=mlp, shared_scale=gate)
 
 The last launch of the experts adds it where it stores the sum over k, with no launch, reads and
 writes of its own. Bits stay those of separate operators (`codegen/kernels/shared.py`).
@@ -38,7 +38,7 @@ class _Sum:
     add: Node
     shared: Node
     gate: Node | None
-    """[.., 1] whose sigmoid scales `shared`."""
+    """[.., 1], which scales `shared`."""
 
 
 def fuse_shared(program: Program, options: Options) -> Outcome:
@@ -97,9 +97,8 @@ def _read(
         shared = read_shared(values, other, hidden, call)
         if shared is None or shared.unknown:
             return None
-        product = values.plain(other)
-        if shared.gate == "sigmoid" and _dtype(product) == _dtype(call):
-            _, gate, mlp = read_gate(values, product, hidden)
+        if shared.gate and plain_name(other) == "mul":
+            _, gate, mlp = read_gate(values, other, hidden)
             if _dtype(gate) == _dtype(mlp) == _dtype(call) and width(mlp) == width(other):
                 return _Sum(between=between, add=add, shared=mlp, gate=gate)
     except Unreadable:
@@ -116,7 +115,7 @@ def _fuse(call: Node, found: _Sum, width: int) -> Node:
     """Put the call where the sum was."""
     build = Builder(call.graph, found.add)
     gate = None if found.gate is None else build.matrix(found.gate, 1)
-    kwargs = {**call.kwargs, "shared": build.matrix(found.shared, width), "shared_gate": gate}
+    kwargs = {**call.kwargs, "shared": build.matrix(found.shared, width), "shared_scale": gate}
     experts = torch.ops.moecc.experts.default
     fused = build.function(experts, *call.args, name="experts", **kwargs)
     result = build.shaped(fused, found.add.meta["example_value"].shape)

@@ -182,15 +182,14 @@ def _read(values: Values, node: Node, hidden: Node) -> SharedExpert:
 def read_gate(values: Values, node: Node, hidden: Node) -> tuple[str, Node, Node]:
     """Take `function(linear(hidden)) * mlp` apart, where the linear has one output.
 
-    Returns the function, the linear and the MLP; raises `Unreadable` for anything else.
+    Returns the name of the function, the gate and the MLP; raises `Unreadable` for anything else.
     """
     sides = [values.plain_operand(node, 0), values.plain_operand(node, 1, "other")]
     for gate, mlp in (sides, sides[::-1]):
         if not isinstance(gate, Node) or not isinstance(mlp, Node) or width(gate) != 1:
             continue
         step = read_function(values, gate)
-        logits = values.plain(step[1]) if step else gate
-        linear = matrix_of(values, logits) if step else None
+        linear = matrix_of(values, values.plain(step[1])) if step else None
         if step and linear and values.plain(linear[0]) is hidden:
-            return str(step[0]), logits, mlp
+            return str(step[0]), gate, mlp
     raise Unreadable(node)

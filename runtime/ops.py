@@ -42,7 +42,7 @@ ExpertsFn = Callable[
 ]
 """out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k].
 
-Kernels for GPUs take the keywords `shared` and `shared_gate` besides (`runtime.shared`).
+Kernels for GPUs take the keywords `shared` and `shared_scale` besides (`runtime.shared`).
 """
 
 AddExpertsFn = Callable[..., None]
@@ -82,7 +82,7 @@ def run_experts(
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
     shared: torch.Tensor | None = None,
-    shared_gate: torch.Tensor | None = None,
+    shared_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run a block's experts with the kernel of this key; shapes are those of `ExpertsFn`.
 
@@ -105,7 +105,7 @@ def run_experts(
             raise InputError(f"kernel {kernel!r} multiplies by a vector that is not on disk")
         adder = adder_for(lender.schemes)
         out = lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
-        return add_shared(out, shared, shared_gate)
+        return add_shared(out, shared, shared_scale)
     for watcher in uses:
         use = Use(kernel=kernel, active=ids.shape[1], gate_up=gate_up, down=down, up=up)
         watcher.append(use)
@@ -113,7 +113,7 @@ def run_experts(
     tensors = (hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
     if shared is None:
         return run(*tensors)
-    return run(*tensors, shared=shared, shared_gate=shared_gate)
+    return run(*tensors, shared=shared, shared_scale=shared_scale)
 
 
 def _experts_apart(
@@ -198,7 +198,7 @@ def _fake_experts(
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
     shared: torch.Tensor | None = None,
-    shared_gate: torch.Tensor | None = None,
+    shared_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     refuse_meta(gate_up)
     return hidden.new_empty(hidden.shape)
@@ -267,7 +267,7 @@ def define(schema: str, run: Callable[..., object], fake: Callable[..., object])
 define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, Tensor? learned, str kernel, "
-    "Tensor[]? after=None, Tensor? shared=None, Tensor? shared_gate=None) -> Tensor",
+    "Tensor[]? after=None, Tensor? shared=None, Tensor? shared_scale=None) -> Tensor",
     run_experts,
     _fake_experts,
 )

@@ -4,9 +4,9 @@ import torch
 
 
 def add_shared(
-    out: torch.Tensor, shared: torch.Tensor | None, gate: torch.Tensor | None
+    out: torch.Tensor, shared: torch.Tensor | None, scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """Add shared [T, H] to the routed experts' out [T, H], times sigmoid(gate [T, 1]) if given."""
+    """Add shared [T, H] to the routed experts' out [T, H], times scale [T, 1] if given."""
     if shared is None:
         return out
-    return out + (shared if gate is None else gate.sigmoid() * shared)
+    return out + (shared if scale is None else scale * shared)

@@ -21,7 +21,7 @@ def decode_down(
     bias_ptr,  # [E, H] or None
     slots_ptr,  # [E] or None; with slots, terms are added onto what out holds
     shared_ptr,  # [T, H] or None
-    gate_ptr,  # [T], which scales shared, or None
+    scale_ptr,  # [T], which scales shared, or None
     out_ptr,  # [T, H], written
     active,  # K
     HIDDEN: tl.constexpr,
@@ -72,5 +72,5 @@ def decode_down(
         if bias_ptr is not None:
             term += tl.load(bias_ptr + expert * HIDDEN + n, mask=in_n, other=0.0).to(tl.float32)
         out += tl.load(weights_ptr + assignment).to(tl.float32) * term
-    out = add_shared(out, shared_ptr, gate_ptr, out_ptr, token, n, HIDDEN)
+    out = add_shared(out, shared_ptr, scale_ptr, out_ptr, token, n, HIDDEN)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_n)

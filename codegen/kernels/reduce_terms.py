@@ -16,7 +16,7 @@ def reduce_terms(
     ids_ptr,  # [T, K]
     slots_ptr,  # [E] or None; with slots, terms are added onto what out holds
     shared_ptr,  # [T, H] or None
-    gate_ptr,  # [T], which scales shared, or None
+    scale_ptr,  # [T], which scales shared, or None
     out_ptr,  # [T, H], written
     active,  # K
     HIDDEN: tl.constexpr,
@@ -37,5 +37,5 @@ def reduce_terms(
         key = next_choice(keys, key)
         row = token * active + key % CHOICES
         total += tl.load(terms_ptr + row * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
-    total = add_shared(total, shared_ptr, gate_ptr, out_ptr, token, n, HIDDEN)
+    total = add_shared(total, shared_ptr, scale_ptr, out_ptr, token, n, HIDDEN)
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=n < HIDDEN)

@@ -12,11 +12,14 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 pytest.importorskip("transformers")
 
 
-MIXTRAL = "softmax, top-2 of 8, / (sum + 0)"
+ROUTERS = {
+    "gpt_oss": "logits, top-2 of 8, softmax bfloat16 bfloat16",
+    "qwen2_moe": "softmax, top-2 of 8 float32 bfloat16",
+}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("kind", "quantize"), [("mixtral", []), ("qwen2_moe", ["int4"])])
+@pytest.mark.parametrize(("kind", "quantize"), [("gpt_oss", []), ("qwen2_moe", ["int4"])])
 def test_a_model_on_cuda_runs_triton_kernels_in_one_graph(
     kind: str, quantize: list[str], tmp_path: Path
 ) -> None:
@@ -29,8 +32,7 @@ def test_a_model_on_cuda_runs_triton_kernels_in_one_graph(
     assert (found["graphs"], found["blocks"]) == (1, 2), "a graph for every token count"
     assert found["kernels"] == [found["expected"]]
     assert found["expected"].startswith("triton int4-g32: " if quantize else "triton: ")
-    softmax, weights = ("softmax, top-2 of 8", "bfloat16") if quantize else (MIXTRAL, "float32")
-    assert found["routers"] == [f"triton: {softmax} float32 {weights}"]
+    assert found["routers"] == [f"triton: {ROUTERS[kind]}"]
     assert found["shared"] == (2 if quantize else 0)
     assert found["misses"] == []
     assert found["launches"] == [
