@@ -31,7 +31,7 @@ def plan_router(spec: RouterSpec) -> Launch:
         "ROWS": WARPS * max(1, 32 // (groups * size)),
         "BLOCK_G": groups,
         "BLOCK_S": size,
-        "BLOCK_K": power_of_two(spec.active),
+        "CHOICES": power_of_two(spec.active),
     }
     return Launch(kernel=kernel, constants=constants, num_warps=WARPS, num_stages=1)
 

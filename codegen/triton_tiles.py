@@ -84,6 +84,8 @@ def decode_tile(columns: int, depth: int, transposed: bool, scheme: Scheme | Non
     n, k = (32, 128) if transposed else (4, 1024)
     if scheme is not None:
         k = 2048 // scheme.bits
+        if scheme.name == "fp8":
+            k //= 2  # ptxas puts two registers of 16 bytes of codes on the stack for sm_80
         if scheme.rows > 1 and scheme.group:
             k = min(k, scheme.group)
         return Tile(m=1, n=ROWS, k=min(k, max(64, power_of_two(depth))), num_warps=8)

@@ -15,8 +15,8 @@ Needs: blocks.  Adds: lowerings.  Graph: each router that a kernel can compute b
     choice = moecc.choose_experts(logits, bias, 8, float32, "triton: sigmoid + bias, ...")
     moecc.experts(hidden, choice[0], choice[1], ...)
 
-A router that no kernel computes stays as the model wrote it, which is a miss that says why. After
-insert_prefetch: predictions copy the model's own router.
+A router that no kernel computes stays as the model wrote it, which is a miss that says why. So do
+all with `kernels="torch"`; which kernel could take their place is told (`moecc kernels`).
 """
 
 import operator
@@ -37,35 +37,47 @@ from moecc.runtime.routers import install
 
 
 def fuse_routers(program: Program, options: Options) -> Outcome:
-    """Replace the routers of blocks on devices whose kernels compute them."""
-    nodes = program.nodes()
+    """Bind routers, and replace those of blocks on devices whose kernels compute them."""
+    nodes, values = program.nodes(), None
     misses: list[Miss] = []
     lowerings: list[Lowering] = []
     blocks: list[MoeBlock] = []
+    replaced: list[tuple[Node, Bound, str]] = []
     for block in program.blocks:
         blocks.append(block)
         emit = choose_router(block.device, options.kernels)
+        if block.router_kernel or (emit is None and options.kernels != "torch"):
+            continue
+        values = values or Values(program.gm.graph)
         call = nodes[block.output]
-        if emit is None or block.router_kernel:
-            continue
         try:
-            bound = bind_router(Values(call.graph), nodes[block.ids], nodes[block.weights], call)
-            kernel = emit(bound.spec)
-        except Unreadable as error:
-            why = f"its router stays torch's: {error.why or 'it is not understood'}"
-            node, line = error.node.name, source_line(error.node)
-            misses.append(Miss(where=block.path, why=why, node=node, source=line))
+            bound = bind_router(values, nodes[block.ids], nodes[block.weights], call)
+            blocks[-1] = replace(block, router_spec=bound.spec)
+            kernel = emit(bound.spec) if emit is not None else None
+        except (Unreadable, UnsupportedSpec) as error:
+            if emit is not None:
+                misses.append(_miss(block, error))
             continue
-        except UnsupportedSpec as error:
-            misses.append(Miss(where=block.path, why=f"its router stays torch's: {error}"))
-            continue
-        install(kernel.key, kernel.run)
-        ids, weights = _replace(call, bound, kernel.key)
-        where = f"{block.path} router"
-        lowerings.append(Lowering(block=where, kernel=kernel.key, source=kernel.source))
-        blocks[-1] = replace(block, ids=ids, weights=weights, router_kernel=kernel.key)
+        if kernel is not None:
+            install(kernel.key, kernel.run)
+            replaced.append((call, bound, kernel.key))
+            where = f"{block.path} router"
+            lowerings.append(Lowering(block=where, kernel=kernel.key, source=kernel.source))
+            blocks[-1] = replace(blocks[-1], router_kernel=kernel.key)
+    names = {call.name: _replace(call, bound, key) for call, bound, key in replaced}
+    for place, block in enumerate(blocks):
+        if block.output in names:
+            ids, weights = names[block.output]
+            blocks[place] = replace(block, ids=ids, weights=weights)
     done = replace(program, blocks=tuple(blocks), lowerings=(*program.lowerings, *lowerings))
-    return Outcome(program=done, rewrites=len(lowerings), misses=tuple(misses))
+    return Outcome(program=done, rewrites=len(replaced), misses=tuple(misses))
+
+
+def _miss(block: MoeBlock, error: Unreadable | UnsupportedSpec) -> Miss:
+    why = f"its router stays torch's: {str(error) or 'it is not understood'}"
+    if isinstance(error, UnsupportedSpec):
+        return Miss(where=block.path, why=why)
+    return Miss(where=block.path, why=why, node=error.node.name, source=source_line(error.node))
 
 
 def _replace(call: Node, bound: Bound, kernel: str) -> tuple[str, str]:

@@ -80,9 +80,9 @@ def choose(
     DTYPE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHOICES: tl.constexpr,
 ):
-    """Choose for the tokens `row`: ids and weights [ROWS, BLOCK_K], and what each expert is of.
+    """Choose for the tokens `row`: ids and weights [ROWS, CHOICES], and what each expert is of.
 
     The last is [ROWS, BLOCK_G * BLOCK_S]: the k of a chosen expert, -1 for any other.
     """
@@ -108,9 +108,9 @@ def choose(
         choice = tl.reshape(by_group, (ROWS, BLOCK))
 
     keys = tl.where(there, key_of(choice), LEAST)
-    k = tl.broadcast_to(tl.arange(0, BLOCK_K)[None, :], (ROWS, BLOCK_K))
-    ids = tl.zeros((ROWS, BLOCK_K), dtype=tl.int32)
-    weights = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
+    k = tl.broadcast_to(tl.arange(0, CHOICES)[None, :], (ROWS, CHOICES))
+    ids = tl.zeros((ROWS, CHOICES), dtype=tl.int32)
+    weights = tl.zeros((ROWS, CHOICES), dtype=tl.float32)
     chosen = tl.full((ROWS, BLOCK), -1, dtype=tl.int32)
     for i in range(ACTIVE):
         hit = first_best(keys, lane, 1)
@@ -152,11 +152,11 @@ def choose_experts(
     ROWS: tl.constexpr,  # tokens of a program
     BLOCK_G: tl.constexpr,  # power of two >= groups
     BLOCK_S: tl.constexpr,  # power of two >= experts of a group
-    BLOCK_K: tl.constexpr,  # power of two >= K
+    CHOICES: tl.constexpr,  # power of two >= K
 ):
     """Choose for ROWS tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ids, weights, _ = choose(
-        logits_ptr, bias_ptr, row, tokens, EXPERTS, ACTIVE, ROUTER, DTYPE, BLOCK_G, BLOCK_S, BLOCK_K
+        logits_ptr, bias_ptr, row, tokens, EXPERTS, ACTIVE, ROUTER, DTYPE, BLOCK_G, BLOCK_S, CHOICES
     )
     store_choices(ids_ptr, weights_ptr, ids, weights, row, tokens, ACTIVE)
