@@ -68,76 +68,6 @@ def keep_groups(
     return tl.where(kept[:, :, None] > 0, choice, FILL)
 
 
-@triton.jit
-def choose(
-    logits_ptr,
-    bias_ptr,
-    row,
-    tokens,
-    EXPERTS: tl.constexpr,
-    ACTIVE: tl.constexpr,
-    ROUTER: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHOICES: tl.constexpr,
-):
-    """Choose for the tokens `row`: ids and weights [ROWS, CHOICES], and what each expert is of.
-
-    The last is [ROWS, BLOCK_G * BLOCK_S]: the k of a chosen expert, -1 for any other.
-    """
-    ROWS: tl.constexpr = row.shape[0]
-    BLOCK: tl.constexpr = BLOCK_G * BLOCK_S
-    SIZE: tl.constexpr = EXPERTS // ROUTER.groups
-    lane = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
-    group, place = lane // BLOCK_S, lane % BLOCK_S
-    expert = group * SIZE + place
-    there = (group < ROUTER.groups) & (place < SIZE)
-
-    at = logits_ptr + row.to(tl.int64)[:, None] * EXPERTS + expert
-    logits = tl.load(at, mask=there & (row < tokens)[:, None], other=0.0).to(tl.float32)
-    scores = apply_function(logits, there, ROUTER.scores).to(DTYPE).to(tl.float32)
-    choice = scores
-    if bias_ptr is not None:
-        choice += tl.load(bias_ptr + expert, mask=there, other=0.0).to(tl.float32)
-        choice = choice.to(DTYPE).to(tl.float32)
-    if ROUTER.kept < ROUTER.groups:
-        shape: tl.constexpr = (ROWS, BLOCK_G, BLOCK_S)
-        by_group, exist = tl.reshape(choice, shape), tl.reshape(there, shape)
-        by_group = keep_groups(by_group, exist, ROUTER.kept, ROUTER.best, ROUTER.fill, DTYPE)
-        choice = tl.reshape(by_group, (ROWS, BLOCK))
-
-    keys = tl.where(there, key_of(choice), LEAST)
-    k = tl.broadcast_to(tl.arange(0, CHOICES)[None, :], (ROWS, CHOICES))
-    ids = tl.zeros((ROWS, CHOICES), dtype=tl.int32)
-    weights = tl.zeros((ROWS, CHOICES), dtype=tl.float32)
-    chosen = tl.full((ROWS, BLOCK), -1, dtype=tl.int32)
-    for i in range(ACTIVE):
-        hit = first_best(keys, lane, 1)
-        ids = tl.where(k == i, tl.sum(tl.where(hit, expert, 0), axis=1)[:, None], ids)
-        weights = tl.where(k == i, tl.sum(tl.where(hit, scores, 0.0), axis=1)[:, None], weights)
-        chosen = tl.where(hit, i, chosen)
-        keys = tl.where(hit, LEAST, keys)
-
-    weights = apply_function(weights, k < ACTIVE, ROUTER.weigh)
-    if ROUTER.normalised:
-        total = tl.sum(tl.where(k < ACTIVE, weights, 0.0), axis=1) + ROUTER.epsilon
-        if ROUTER.floor > 0:
-            total = elementwise.maximum(total, ROUTER.floor)
-        weights = tl.div_rn(weights, tl.broadcast_to(total[:, None], weights.shape))
-    return ids, weights * ROUTER.scale, chosen
-
-
-@triton.jit
-def store_choices(ids_ptr, weights_ptr, ids, weights, row, tokens, ACTIVE: tl.constexpr):
-    """Write what was chosen for the tokens `row`."""
-    k = tl.arange(0, ids.shape[1])
-    at = row.to(tl.int64)[:, None] * ACTIVE + k[None, :]
-    mask = (row < tokens)[:, None] & (k < ACTIVE)[None, :]
-    tl.store(ids_ptr + at, ids.to(tl.int64), mask=mask)
-    tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def choose_experts(
     logits_ptr,  # [T, E]
@@ -155,8 +85,46 @@ def choose_experts(
     CHOICES: tl.constexpr,  # power of two >= K
 ):
     """Choose for ROWS tokens."""
+    BLOCK: tl.constexpr = BLOCK_G * BLOCK_S
+    SIZE: tl.constexpr = EXPERTS // ROUTER.groups
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ids, weights, _ = choose(
-        logits_ptr, bias_ptr, row, tokens, EXPERTS, ACTIVE, ROUTER, DTYPE, BLOCK_G, BLOCK_S, CHOICES
-    )
-    store_choices(ids_ptr, weights_ptr, ids, weights, row, tokens, ACTIVE)
+    lane = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (ROWS, BLOCK))
+    group, place = lane // BLOCK_S, lane % BLOCK_S
+    expert = group * SIZE + place
+    there = (group < ROUTER.groups) & (place < SIZE)
+    in_rows = (row < tokens)[:, None]
+
+    at = row.to(tl.int64)[:, None] * EXPERTS + expert
+    logits = tl.load(logits_ptr + at, mask=there & in_rows, other=0.0).to(tl.float32)
+    scores = apply_function(logits, there, ROUTER.scores).to(DTYPE).to(tl.float32)
+    choice = scores
+    if bias_ptr is not None:
+        choice += tl.load(bias_ptr + expert, mask=there, other=0.0).to(tl.float32)
+        choice = choice.to(DTYPE).to(tl.float32)
+    if ROUTER.kept < ROUTER.groups:
+        shape: tl.constexpr = (ROWS, BLOCK_G, BLOCK_S)
+        by_group, exist = tl.reshape(choice, shape), tl.reshape(there, shape)
+        by_group = keep_groups(by_group, exist, ROUTER.kept, ROUTER.best, ROUTER.fill, DTYPE)
+        choice = tl.reshape(by_group, (ROWS, BLOCK))
+
+    keys = tl.where(there, key_of(choice), LEAST)
+    k = tl.broadcast_to(tl.arange(0, CHOICES)[None, :], (ROWS, CHOICES))
+    ids = tl.zeros((ROWS, CHOICES), dtype=tl.int32)
+    weights = tl.zeros((ROWS, CHOICES), dtype=tl.float32)
+    for i in range(ACTIVE):
+        hit = first_best(keys, lane, 1)
+        ids = tl.where(k == i, tl.sum(tl.where(hit, expert, 0), axis=1)[:, None], ids)
+        weights = tl.where(k == i, tl.sum(tl.where(hit, scores, 0.0), axis=1)[:, None], weights)
+        keys = tl.where(hit, LEAST, keys)
+
+    in_k = k < ACTIVE
+    weights = apply_function(weights, in_k, ROUTER.weigh)
+    if ROUTER.normalised:
+        total = tl.sum(tl.where(in_k, weights, 0.0), axis=1) + ROUTER.epsilon
+        if ROUTER.floor > 0:
+            total = elementwise.maximum(total, ROUTER.floor)
+        weights = tl.div_rn(weights, tl.broadcast_to(total[:, None], weights.shape))
+    weights *= ROUTER.scale
+    at = row.to(tl.int64)[:, None] * ACTIVE + k
+    tl.store(ids_ptr + at, ids.to(tl.int64), mask=in_k & in_rows)
+    tl.store(weights_ptr + at, weights.to(weights_ptr.dtype.element_ty), mask=in_k & in_rows)
