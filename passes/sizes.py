@@ -34,8 +34,10 @@ def fixed(value: Any) -> float | None:
 
     It is a constant of what is compiled then: another value of the attribute compiles anew.
     """
-    if isinstance(value, torch.SymFloat) and cast(Any, value).node.expr.is_Symbol:
-        return float(value)
+    if isinstance(value, torch.SymFloat):
+        traced = cast(Any, value).node.expr
+        if traced.is_Symbol or traced.is_number:  # a number once it was read
+            return float(value)
     return None
 
 
