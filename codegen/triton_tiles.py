@@ -60,7 +60,9 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
         num_warps = 8 if spec.schemes and products == 2 else 4
         n, k, num_stages = 128 // products, 64, 3
     else:
-        n, k, num_warps, num_stages = 128 // products, 64, 4, 3
+        zeros = spec.schemes is not None and spec.schemes.first.zeros
+        num_warps = 8 if zeros and products == 2 else 4  # likewise, on sm_120
+        n, k, num_stages = 128 // products, 64, 3
     if columns % 8 or depth % 8:
         n, k = n // 2, 32  # not aligned to 16 bytes: every element is a load and needs an address
     return Tile(
