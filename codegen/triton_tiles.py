@@ -60,8 +60,8 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
         num_warps = 8 if spec.schemes and products == 2 else 4
         n, k, num_stages = 128 // products, 64, 3
     else:
-        zeros = spec.schemes is not None and spec.schemes.first.zeros
-        num_warps = 8 if zeros and products == 2 else 4  # likewise, on sm_120
+        int4 = spec.schemes is not None and spec.schemes.first.name == "int4"
+        num_warps = 8 if int4 and products == 2 and block_m == 16 else 4  # likewise, on sm_120
         n, k, num_stages = 128 // products, 64, 3
     if columns % 8 or depth % 8:
         n, k = n // 2, 32  # not aligned to 16 bytes: every element is a load and needs an address

@@ -27,6 +27,7 @@ from torch.fx import Node
 
 from moecc.codegen.emit import choose_router
 from moecc.passes.build import Builder
+from moecc.passes.describe_blocks import SURPRISES
 from moecc.passes.ir import Lowering, Miss, MoeBlock, Outcome, Program
 from moecc.passes.options import Options
 from moecc.passes.router.bind import Bound, bind_router
@@ -54,7 +55,7 @@ def fuse_routers(program: Program, options: Options) -> Outcome:
             bound = bind_router(values, nodes[block.ids], nodes[block.weights], call)
             blocks[-1] = replace(block, router_spec=bound.spec)
             kernel = emit(bound.spec) if emit is not None else None
-        except (Unreadable, UnsupportedSpec) as error:
+        except (UnsupportedSpec, *SURPRISES) as error:
             if emit is not None:
                 misses.append(_miss(block, error))
             continue
@@ -73,9 +74,9 @@ def fuse_routers(program: Program, options: Options) -> Outcome:
     return Outcome(program=done, rewrites=len(replaced), misses=tuple(misses))
 
 
-def _miss(block: MoeBlock, error: Unreadable | UnsupportedSpec) -> Miss:
+def _miss(block: MoeBlock, error: Exception) -> Miss:
     why = f"its router stays torch's: {str(error) or 'it is not understood'}"
-    if isinstance(error, UnsupportedSpec):
+    if not isinstance(error, Unreadable):
         return Miss(where=block.path, why=why)
     return Miss(where=block.path, why=why, node=error.node.name, source=source_line(error.node))
 

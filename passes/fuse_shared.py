@@ -19,10 +19,11 @@ import torch
 from torch.fx import Node
 
 from moecc.passes.build import Builder
+from moecc.passes.describe_blocks import SURPRISES
 from moecc.passes.ir import MoeBlock, Outcome, Program
 from moecc.passes.options import Options
 from moecc.passes.pattern import mutates
-from moecc.passes.router.values import Unreadable, Values, plain_name, tensor, width
+from moecc.passes.router.values import Values, plain_name, tensor, width
 from moecc.passes.shared import read_gate, read_shared
 from moecc.passes.sizes import same_shape
 
@@ -53,7 +54,10 @@ def fuse_shared(program: Program, options: Options) -> Outcome:
             continue
         if block.shared is None or call.target is not torch.ops.moecc.experts.default:
             continue
-        found = _sum(Values(call.graph), nodes[block.hidden], call)
+        try:
+            found = _sum(Values(call.graph), nodes[block.hidden], call)
+        except SURPRISES:  # something is written in place, or of no usual kind
+            continue
         if found is not None:
             blocks[-1] = replace(block, output=_fuse(call, found, block.hidden_size).name)
     count = sum(one is not other for one, other in zip(blocks, program.blocks, strict=True))
@@ -93,16 +97,13 @@ def _read(
         return None
     if any(values.at(one, add) is not values.at(one, call) for one in inputs):
         return None
-    try:
-        shared = read_shared(values, other, hidden, call)
-        if shared is None or shared.unknown:
-            return None
-        if shared.gate and plain_name(other) == "mul":
-            _, gate, mlp = read_gate(values, other, hidden)
-            if _dtype(gate) == _dtype(mlp) == _dtype(call) and width(mlp) == width(other):
-                return _Sum(between=between, add=add, shared=mlp, gate=gate)
-    except Unreadable:
+    shared = read_shared(values, other, hidden, call)
+    if shared is None or shared.unknown:
         return None
+    if shared.gate and plain_name(other) == "mul":
+        _, gate, mlp = read_gate(values, other, hidden)
+        if _dtype(gate) == _dtype(mlp) == _dtype(call) and width(mlp) == width(other):
+            return _Sum(between=between, add=add, shared=mlp, gate=gate)
     return _Sum(between=between, add=add, shared=other, gate=None)
 
 
