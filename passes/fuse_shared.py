@@ -13,6 +13,7 @@ The last launch of the experts adds it where it stores the sum over k, with no l
 writes of its own. Bits stay those of separate operators (`codegen/kernels/shared.py`).
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from torch.fx import Node
 
 from moecc.passes.build import Builder
 from moecc.passes.describe_blocks import SURPRISES
-from moecc.passes.ir import MoeBlock, Outcome, Program
+from moecc.passes.ir import Outcome, Program
 from moecc.passes.options import Options
 from moecc.passes.pattern import mutates
 from moecc.passes.router.values import Values, plain_name, tensor, width
@@ -44,25 +45,30 @@ class _Sum:
 
 def fuse_shared(program: Program, options: Options) -> Outcome:
     """Move every shared expert that is described into its block's call."""
-    nodes = program.nodes()
     kernels = {one.block: one.kernel for one in program.lowerings}
-    blocks: list[MoeBlock] = []
+    if not any(one.startswith("triton") for one in kernels.values()):
+        return Outcome(program=program, note="off: no kernel here adds them")
+    nodes, values = program.nodes(), Values(program.gm.graph)
+    found: dict[str, _Sum] = {}
     for block in program.blocks:
-        blocks.append(block)
         call = nodes[block.output]
         if not kernels.get(block.path, "").startswith("triton") or call.kwargs.get("shared"):
             continue
         if block.shared is None or call.target is not torch.ops.moecc.experts.default:
             continue
-        try:
-            found = _sum(Values(call.graph), nodes[block.hidden], call)
-        except SURPRISES:  # something is written in place, or of no usual kind
-            continue
-        if found is not None:
-            blocks[-1] = replace(block, output=_fuse(call, found, block.hidden_size).name)
-    count = sum(one is not other for one, other in zip(blocks, program.blocks, strict=True))
-    note = f"{count} of {sum(one.shared is not None for one in blocks)} shared experts"
-    return Outcome(program=replace(program, blocks=tuple(blocks)), rewrites=count, note=note)
+        with suppress(*SURPRISES):  # something is written in place, or of no usual kind
+            if (total := _sum(values, nodes[block.hidden], call)) is not None:
+                found[block.output] = total
+    fused = {
+        name: _fuse(nodes[name], total, nodes[name].meta["example_value"].shape[-1]).name
+        for name, total in found.items()
+    }
+    blocks = [
+        replace(block, output=fused.get(block.output, block.output)) for block in program.blocks
+    ]
+    note = f"{len(fused)} of {sum(one.shared is not None for one in blocks)} shared experts"
+    done = replace(program, blocks=tuple(blocks))
+    return Outcome(program=done, rewrites=len(fused), note=note)
 
 
 def _sum(values: Values, hidden: Node, call: Node) -> _Sum | None:
