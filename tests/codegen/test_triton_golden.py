@@ -18,6 +18,7 @@ KERNELS = {
     "bf16": ("decode_gate_up", "decode_down", "grouped_gate_up 64", "grouped_down 16", "reduce"),
     "int4": ("decode_gate_up", "grouped_gate_up 16", "grouped_down 128"),
     "fp8-b128": ("grouped_down 64",),
+    "DeepSeek-V3's": ("choose_experts",),
 }
 """What is compiled here; the record has the rest."""
 

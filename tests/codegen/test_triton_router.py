@@ -143,8 +143,7 @@ def test_no_token_count_compiles_anew() -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("name", ["deepseek-v3", "many"])
-def test_nothing_spills(name: str, target: str) -> None:
-    found = aot.compile_router(ROUTERS[name], plan_router(ROUTERS[name]), target)
+def test_nothing_spills_with_many_experts(target: str) -> None:
+    found = aot.compile_router(ROUTERS["many"], plan_router(ROUTERS["many"]), target)
     assert (found.spilled, found.fits) == (0, True)
     assert found.registers <= 128
