@@ -28,13 +28,32 @@ from moecc.codegen import aot, low_bit
 from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.gpus import GPUS
 from moecc.codegen.machine_code import of_kind, size
+from moecc.codegen.router_spec import RouterSpec
 from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_launches import Launch, plan_launches
+from moecc.codegen.triton_router import plan_router
 from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
 SHAPE = {"hidden": 2048, "intermediate": 768, "experts": 128, "active": 8}
 """Of Qwen3-30B-A3B."""
-WEIGHTS = ("bf16", "int4", "mxfp4", "fp8-b128", "int8")
+INT4 = ("int4", "int4-g64", "int4-g128", "int4-g128-zeros")
+WEIGHTS = ("bf16", *INT4, "mxfp4", "fp8", "fp8-b128", "int8")
+ROUTERS = {
+    "Qwen3's": RouterSpec(experts=128, active=8, scores="softmax", normalised=True),
+    "DeepSeek-V3's": RouterSpec(
+        experts=256,
+        active=8,
+        scores="sigmoid",
+        bias=True,
+        groups=8,
+        kept=4,
+        best=2,
+        normalised=True,
+        epsilon=1e-20,
+        scale=2.5,
+    ),
+}
+"""Logits in float32; in the column of weights."""
 ALIKE = ("sm_86", "sm_89")
 """Without low-bit weights: their code is made as that of sm_80, their limits are sm_120's."""
 RECORD = Path(__file__).parent / "results" / f"static-gpu-triton-{triton.__version__}.json"
@@ -98,6 +117,8 @@ def planned(weights: str) -> list[Launch]:
 
     Those that sort are the same for all weights, and for them a tile's height is only a number.
     """
+    if weights in ROUTERS:
+        return [plan_router(ROUTERS[weights])]
     launches = plan_launches(make_spec(weights))
     heights = launches.grouped.values()
     products = [launch for one in heights for launch in (one.gate_up, one.down)]
@@ -112,7 +133,10 @@ def planned(weights: str) -> list[Launch]:
 def measure(weights: str, number: int, target: str) -> Row:
     """Compile one kernel, by its number in `planned`."""
     launch = planned(weights)[number]
-    found = aot.compile_kernel(make_spec(weights), launch, target)
+    if weights in ROUTERS:
+        found = aot.compile_router(ROUTERS[weights], launch, target)
+    else:
+        found = aot.compile_kernel(make_spec(weights), launch, target)
     code = found.loop if of_kind(found.loop, (found.products or "-",)) else found.instructions
     return Row(
         weights=weights,
@@ -136,7 +160,7 @@ def measure(weights: str, number: int, target: str) -> Row:
 
 def targets_of(weights: str, targets: Iterable[str] = GPUS) -> list[str]:
     """List the targets for which kernels on these weights are compiled."""
-    return [one for one in targets if weights == "bf16" or one not in ALIKE]
+    return [one for one in targets if weights in ("bf16", *ROUTERS) or one not in ALIKE]
 
 
 def measure_all(weights: Iterable[str], targets: Sequence[str]) -> list[Row]:
@@ -162,7 +186,8 @@ def main() -> None:
     """Run the benchmark as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", default=",".join(GPUS))
-    parser.add_argument("--weights", default=",".join(WEIGHTS), help=f"of {', '.join(WEIGHTS)}")
+    kinds = ",".join((*WEIGHTS, *ROUTERS))
+    parser.add_argument("--weights", default=kinds, help=f"of {kinds}, the last ones routers")
     parser.add_argument("--tokens", default="1,16,64,1024,4096", help="of the layer's traffic")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"the record is {RECORD.name}")
     parser.add_argument("--markdown", type=Path, metavar="FILE")

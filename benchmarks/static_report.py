@@ -1,10 +1,10 @@
 """Write what `benchmarks.static_gpu` found as a page."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.static_peers import PEERS
-from benchmarks.static_traffic import DECOMPOSITIONS, flops, launches
+from benchmarks.static_traffic import DECOMPOSITIONS, DEEPSEEK_V3, flops, launches
 from moecc.codegen.gpus import GPUS
 
 Record = Mapping[str, Any]
@@ -45,28 +45,17 @@ def _lines(record: Record) -> Iterator[str]:
 
 def _layer(record: Record) -> Iterator[str]:
     yield (
-        "Launches and bytes from ids to the layer's output, with uniform routing, each place read "
-        "once a launch (`benchmarks/static_traffic.py`). In brackets the bytes that are not the "
-        "minimum's: what passes from launch to launch."
+        "Launches and bytes from the router's logits to the layer's output, with uniform routing, "
+        "each place read once a launch (`benchmarks/static_traffic.py`). In brackets the bytes "
+        "that are not the minimum's: what passes from launch to launch."
     )
     yield ""
-    columns = [f"T={tokens}" for tokens in record["tokens"]]
-    yield f"| | launches | {' | '.join(columns)} |"
-    yield "|---|---:|" + "---:|" * len(columns)
-    for name in DECOMPOSITIONS:
-        steps = launches(name, record["shape"], 1)
-        cells: list[str] = []
-        for tokens in record["tokens"]:
-            least, took = (
-                sum(step.bytes for step in launches(one, record["shape"], tokens))
-                for one in ("minimum", name)
-            )
-            more = f" (+{(took - least) / 1e6:.2f})" if name != "minimum" else ""
-            cells.append(f"{took / 1e6:.1f} MB{more}")
-        count = "" if name == "minimum" else len(steps)
-        yield f"| {name} | {count} | {' | '.join(cells)} |"
-    counts = [f"{flops(record['shape'], tokens) / 1e9:.2f} GFLOP" for tokens in record["tokens"]]
-    yield f"| *products* | | {' | '.join(counts)} |"
+    yield from _traffic(record["shape"], record["tokens"])
+    yield ""
+    sizes = "H={hidden}, I={intermediate}, E={experts}, K={active}".format(**DEEPSEEK_V3)
+    yield f"With a shared expert's output to add (DeepSeek-V3: {sizes}):"
+    yield ""
+    yield from _traffic(DEEPSEEK_V3, record["tokens"])
     yield ""
     yield (
         "More than 2048 assignments are sorted by three launches instead of one, and vLLM's "
@@ -74,6 +63,26 @@ def _layer(record: Record) -> Iterator[str]:
         "token that chose it, from L2 at best, and are not chosen where that costs more. Bytes of "
         "weights fall with their bits in every row."
     )
+
+
+def _traffic(shape: Mapping[str, int], counts: Sequence[int]) -> Iterator[str]:
+    columns = [f"T={tokens}" for tokens in counts]
+    yield f"| | launches | {' | '.join(columns)} |"
+    yield "|---|---:|" + "---:|" * len(columns)
+    for name in DECOMPOSITIONS:
+        steps = launches(name, shape, 1)
+        cells: list[str] = []
+        for tokens in counts:
+            least, took = (
+                sum(step.bytes for step in launches(one, shape, tokens))
+                for one in ("minimum", name)
+            )
+            more = f" (+{(took - least) / 1e6:.2f})" if name != "minimum" else ""
+            cells.append(f"{took / 1e6:.1f} MB{more}")
+        count = "" if name == "minimum" else len(steps)
+        yield f"| {name} | {count} | {' | '.join(cells)} |"
+    products = [f"{flops(shape, tokens) / 1e9:.2f} GFLOP" for tokens in counts]
+    yield f"| *products* | | {' | '.join(products)} |"
 
 
 def _peers(record: Record) -> Iterator[str]:

@@ -19,6 +19,7 @@ import torch
 from moecc.codegen import machine_code
 from moecc.codegen.gpus import gpu
 from moecc.codegen.machine_code import ASYNC_COPIES, TENSOR_CORES, of_kind
+from moecc.codegen.router_spec import RouterSpec
 from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_launches import Launch, plan_launches
 
@@ -97,19 +98,38 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
 
     Raises `OptionError` for a target that is not in `GPUS`.
     """
-    device = gpu(target)
-    compiler: Any = import_module("triton.compiler")
-    backends: Any = import_module("triton.backends.compiler")
     names: list[str] = launch.kernel.arg_names
-    constants: dict[str, Any] = dict(launch.constants)
     absent = {
         "bias_ptr": not spec.bias,
         "up_ptr": not spec.split,
         "learned_ptr": not spec.learned,
-        "slots_ptr": True,
+        **dict.fromkeys(("slots_ptr", "shared_ptr", "scale_ptr"), True),
     }
-    constants |= {name: None for name in names if absent.get(name)}
-    types = argument_types(spec, names)
+    given = [name for name in names if not absent.get(name)]
+    return _compile(launch, argument_types(spec, given), target)
+
+
+def compile_router(spec: RouterSpec, launch: Launch, target: str) -> Resources:
+    """Compile the kernel of a router likewise; logits have the scores' dtype."""
+    pointers = {
+        "logits_ptr": _TRITON_TYPE[spec.dtype],
+        "weights_ptr": _TRITON_TYPE[spec.weights_dtype],
+        "bias_ptr": "fp32",
+        "ids_ptr": "i64",
+    }
+    given = [name for name in launch.kernel.arg_names if spec.bias or name != "bias_ptr"]
+    types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in given}
+    return _compile(launch, types, target)
+
+
+def _compile(launch: Launch, types: Mapping[str, str], target: str) -> Resources:
+    """Compile with run-time arguments of these types; others are constants, or not there."""
+    device = gpu(target)
+    compiler: Any = import_module("triton.compiler")
+    backends: Any = import_module("triton.backends.compiler")
+    names: list[str] = launch.kernel.arg_names
+    constants = dict(launch.constants)
+    constants |= {name: None for name in names if name not in types and name not in constants}
     source = compiler.ASTSource(
         fn=launch.kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},

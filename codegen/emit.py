@@ -6,6 +6,7 @@ from functools import cache, partial
 import torch
 
 from moecc.codegen import low_bit, reference
+from moecc.codegen.router_spec import RouterKernel, RouterSpec
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.runtime import ops
 from moecc.runtime.errors import BuildError, UnsupportedSpec
@@ -37,6 +38,16 @@ def choose(
     except (UnsupportedSpec, BuildError) as error:
         declined.append(f"{wanted} kernels declined, torch runs instead: {error}")
         return reference.emit(spec), tuple(declined)
+
+
+def choose_router(device: str, emitter: str) -> Callable[[RouterSpec], RouterKernel] | None:
+    """Give what writes the kernels of routers on a device; None where torch computes them."""
+    wanted = PREFERRED.get(device, "torch") if emitter == "auto" else emitter
+    if wanted != "triton" or device != "cuda":
+        return None
+    from moecc.codegen.triton_router import emit as emit_router
+
+    return emit_router
 
 
 _specs: dict[str, KernelSpec] = {}

@@ -58,9 +58,10 @@ def emit(spec: KernelSpec, schemes: Schemes, emitter: str) -> Kernel:
         down_bias: torch.Tensor | None,
         up: torch.Tensor | None = None,
         learned: torch.Tensor | None = None,
+        **shared: torch.Tensor | None,
     ) -> torch.Tensor:
         low_bit = copies.of((gate_up, down, gate_up_bias, down_bias, up, learned))
-        return kernel.run(hidden, ids, weights, *low_bit)
+        return kernel.run(hidden, ids, weights, *low_bit, **shared)
 
     return Kernel(spec=spec, emitter=f"{kernel.emitter} {schemes}", run=run, source=kernel.source)
 

@@ -28,6 +28,7 @@ from moecc.codegen.triton_inputs import Inputs, check_inputs
 from moecc.codegen.triton_launches import CHOICES, Launches, plan_launches
 from moecc.codegen.triton_tiles import power_of_two
 from moecc.runtime.errors import InputError, UnsupportedSpec
+from moecc.runtime.shared import add_shared
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,7 +46,7 @@ def run_decode(launches: Launches, x: Inputs, out: torch.Tensor) -> None:
     tensors = (x.gate_up, x.up, x.gate_up_bias, x.learned, x.slots, inner)
     first(grid, x.hidden, x.ids, *tensors, active, MATRIX=x.gate_up.stride(0))
     grid = (_blocks(spec.hidden, second.constants["BLOCK_N"]), tokens)
-    tensors = (inner, x.ids, x.weights, x.down, x.down_bias, x.slots, out)
+    tensors = (inner, x.ids, x.weights, x.down, x.down_bias, x.slots, x.shared, x.shared_scale, out)
     second(grid, *tensors, active, DOWN_MATRIX=x.down.stride(0), **_choices(active))
 
 
@@ -93,7 +94,7 @@ def run_grouped(launches: Launches, x: Inputs, out: torch.Tensor, block_m: int) 
     tensors = (inner, x.down, x.down_bias, x.slots, x.weights, order, tiles, terms)
     grouped.down(grid, *tensors, num_tiles, DOWN_MATRIX=x.down.stride(0))
     grid = (tokens, _blocks(spec.hidden, launches.reduce_terms.constants["BLOCK"]))
-    tensors = (terms, x.ids, x.slots, out)
+    tensors = (terms, x.ids, x.slots, x.shared, x.shared_scale, out)
     launches.reduce_terms(grid, *tensors, active, **_choices(active))
 
 
@@ -111,8 +112,8 @@ def run_into(launches: Launches, plan: Plan | None, x: Inputs, out: torch.Tensor
             run_grouped(launches, x, out, plan.block_m)
 
 
-def make_inputs(*tensors: torch.Tensor | None, slots: torch.Tensor | None = None) -> Inputs:
-    """Name the tensors of a call, the small ones contiguous."""
+def make_inputs(*tensors: torch.Tensor | None, **others: torch.Tensor | None) -> Inputs:
+    """Name the tensors of a call, the small ones contiguous; `others` have their names already."""
     hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, *rest = tensors
     up, learned = (*rest, None, None)[:2]
     small = {
@@ -122,7 +123,7 @@ def make_inputs(*tensors: torch.Tensor | None, slots: torch.Tensor | None = None
         "gate_up_bias": gate_up_bias,
         "down_bias": down_bias,
         "learned": learned,
-        "slots": slots,
+        **others,
     }
     dense: dict[str, Any] = {
         name: None if one is None else one.contiguous() for name, one in small.items()
@@ -133,11 +134,17 @@ def make_inputs(*tensors: torch.Tensor | None, slots: torch.Tensor | None = None
 
 
 def run_experts(
-    launches: Launches, plan: Plan | None, *tensors: torch.Tensor | None
+    launches: Launches,
+    plan: Plan | None,
+    *tensors: torch.Tensor | None,
+    shared: torch.Tensor | None = None,
+    shared_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the block as `ExpertsFn` says."""
-    x = make_inputs(*tensors)
-    out = torch.empty_like(x.hidden) if x.ids.numel() else torch.zeros_like(x.hidden)
+    """Compute the block as `ExpertsFn` says, and `add_shared` to it."""
+    x = make_inputs(*tensors, shared=shared, shared_scale=shared_scale)
+    if not x.ids.numel():
+        return add_shared(torch.zeros_like(x.hidden), shared, shared_scale)
+    out = torch.empty_like(x.hidden)
     run_into(launches, plan, x, out)
     return out
 

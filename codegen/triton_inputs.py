@@ -24,6 +24,10 @@ class Inputs:
     learned: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     """[E] int64 on the device: where each expert lies; negative are not there."""
+    shared: torch.Tensor | None = None
+    """[T, H], added to the sum over a token's experts."""
+    shared_scale: torch.Tensor | None = None
+    """[T, 1], which scales `shared`."""
 
 
 def check_inputs(spec: KernelSpec, x: Inputs) -> None:
@@ -43,6 +47,8 @@ def check_inputs(spec: KernelSpec, x: Inputs) -> None:
         "gate_up_bias": (x.gate_up_bias, (experts, spec.rows) if spec.bias else None),
         "down_bias": (x.down_bias, (experts, hidden) if spec.bias else None),
         "learned": (x.learned, (experts, inner) if spec.learned else None),
+        "shared": (x.shared, None if x.shared is None else tuple(x.hidden.shape)),
+        "shared_scale": (x.shared_scale, None if x.shared_scale is None else (len(x.hidden), 1)),
         "slots": (x.slots, None if x.slots is None else (experts,)),
     }
     for name, (tensor, shape) in others.items():

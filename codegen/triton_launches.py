@@ -145,8 +145,8 @@ class Launches:
 
     def helpers(self) -> list[Any]:
         """List a function of each module that the kernels call."""
-        packed = [_import_kernel("load_packed", "low_bit")] if self.spec.schemes else []
-        return [_import_kernel("locate", "choices"), *packed]
+        packed = [import_kernel("load_packed", "low_bit")] if self.spec.schemes else []
+        return [import_kernel("locate", "choices"), import_kernel("add_shared", "shared"), *packed]
 
     def every(self) -> list[Launch]:
         """List the kernels, those that differ only in tile height one after the other."""
@@ -158,7 +158,7 @@ class Launches:
         return [self.decode_gate_up, self.decode_down, *rest, *grouped]
 
 
-def _import_kernel(name: str, module: str | None = None) -> Any:
+def import_kernel(name: str, module: str | None = None) -> Any:
     """Import a `triton.JITFunction`; raises `UnsupportedSpec` where triton cannot be imported."""
     try:
         return getattr(import_module(f"moecc.codegen.kernels.{module or name}"), name)
@@ -171,7 +171,7 @@ def plan_launches(spec: KernelSpec) -> Launches:
 
     Raises `UnsupportedSpec` where triton cannot be imported, and for schemes that kernels lack.
     """
-    reduce_terms = _import_kernel("reduce_terms")
+    reduce_terms = import_kernel("reduce_terms")
     source = write_activation(spec.activation, gated=spec.gated)
     hidden, inner, products = spec.hidden, spec.intermediate, 2 if spec.gated else 1
     schemes = spec.schemes
@@ -207,10 +207,10 @@ def plan_launches(spec: KernelSpec) -> Launches:
 
     def bake_tile(name: str, tile: Tile) -> Launch:
         blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-        return bake(_import_kernel(name), tile.num_warps, tile.num_stages, **blocks)
+        return bake(import_kernel(name), tile.num_warps, tile.num_stages, **blocks)
 
     def bake_routing(name: str, module: str, num_warps: int, **blocks: int) -> Launch:
-        return bake(_import_kernel(name, module), num_warps, BLOCK=ROUTE_CHUNK, **blocks)
+        return bake(import_kernel(name, module), num_warps, BLOCK=ROUTE_CHUNK, **blocks)
 
     first = decode_tile(inner, hidden, spec.transposed, schemes and schemes.first)
     second = decode_tile(hidden, inner, spec.down_transposed, schemes and schemes.second)
@@ -220,7 +220,7 @@ def plan_launches(spec: KernelSpec) -> Launches:
         decode_gate_up=bake_tile("decode_gate_up", first),
         decode_down=bake_tile("decode_down", second),
         count_experts=bake_routing("count_experts", "routing_chunked", 4),
-        scan_chunks=bake(_import_kernel("scan_chunks", "routing_chunked"), BLOCK=SCAN_BLOCK),
+        scan_chunks=bake(import_kernel("scan_chunks", "routing_chunked"), BLOCK=SCAN_BLOCK),
         reduce_terms=bake(reduce_terms, BLOCK=min(REDUCE_BLOCK, power_of_two(hidden))),
         grouped={
             m: GroupedLaunches(

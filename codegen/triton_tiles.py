@@ -60,7 +60,9 @@ def grouped_tile(spec: KernelSpec, block_m: int, columns: int, depth: int, produ
         num_warps = 8 if spec.schemes and products == 2 else 4
         n, k, num_stages = 128 // products, 64, 3
     else:
-        n, k, num_warps, num_stages = 128 // products, 64, 4, 3
+        int4 = spec.schemes is not None and spec.schemes.first.name == "int4"
+        num_warps = 8 if int4 and products == 2 and block_m == 16 else 4  # likewise, on sm_120
+        n, k, num_stages = 128 // products, 64, 3
     if columns % 8 or depth % 8:
         n, k = n // 2, 32  # not aligned to 16 bytes: every element is a load and needs an address
     return Tile(
@@ -84,6 +86,8 @@ def decode_tile(columns: int, depth: int, transposed: bool, scheme: Scheme | Non
     n, k = (32, 128) if transposed else (4, 1024)
     if scheme is not None:
         k = 2048 // scheme.bits
+        if scheme.name == "fp8":
+            k //= 2  # ptxas puts two registers of 16 bytes of codes on the stack for sm_80
         if scheme.rows > 1 and scheme.group:
             k = min(k, scheme.group)
         return Tile(m=1, n=ROWS, k=min(k, max(64, power_of_two(depth))), num_warps=8)

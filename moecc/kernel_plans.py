@@ -9,10 +9,12 @@ from rich.console import Console
 from moecc.codegen import aot, low_bit
 from moecc.codegen.gpus import Gpu, gpu
 from moecc.codegen.machine_code import size
+from moecc.codegen.router_spec import RouterSpec
 from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_costs import choose_plan, plans
 from moecc.codegen.triton_emitter import emit
-from moecc.codegen.triton_launches import plan_launches
+from moecc.codegen.triton_launches import Launch, plan_launches
+from moecc.codegen.triton_router import plan_router
 from moecc.inspection import inspect
 from moecc.passes.fuse_experts import kernel_spec
 from moecc.passes.ir import MoeBlock
@@ -39,6 +41,8 @@ class KernelPlans:
     blocks: tuple[str, ...]
     spec: str
     active: int
+    router: str
+    """Its kernel; empty where torch's operators choose."""
     target: str
     board: str
     costs: dict[str, str]
@@ -63,14 +67,14 @@ def explain(
     device = gpu(target)
     if quantize and quantize not in SCHEMES:
         raise OptionError(f"quantize={quantize!r} is not one of {', '.join(SCHEMES)}")
-    found: dict[tuple[KernelSpec, int], list[str]] = {}
+    found: dict[tuple[KernelSpec, int, RouterSpec | None], list[str]] = {}
     for record in inspect(model, "torch", dtype).records:
         for block in record.blocks:
-            key = (_spec_on_gpu(block, quantize), block.active)
+            key = (_spec_on_gpu(block, quantize), block.active, block.router_spec)
             found.setdefault(key, []).append(block.path)
     if not found:
         raise ModelError(f"no MoE block was found in {model!r}; moecc why {model} says why")
-    return [_plan(spec, active, device, tokens, paths) for (spec, active), paths in found.items()]
+    return [_plan(*key, device, tokens, paths) for key, paths in found.items()]
 
 
 def _spec_on_gpu(block: MoeBlock, quantize: str) -> KernelSpec:
@@ -82,14 +86,23 @@ def _spec_on_gpu(block: MoeBlock, quantize: str) -> KernelSpec:
 
 
 def _plan(
-    spec: KernelSpec, active: int, device: Gpu, tokens: Sequence[int], paths: list[str]
+    spec: KernelSpec,
+    active: int,
+    router: RouterSpec | None,
+    device: Gpu,
+    tokens: Sequence[int],
+    paths: list[str],
 ) -> KernelPlans:
     launches = plan_launches(spec)
     chosen: list[Chosen] = []
     compiled: dict[str, aot.Resources] = {}
+    before: list[Launch] = []
+    if router is not None:
+        before = [plan_router(router)]
+        compiled[str(before[0])] = aot.compile_router(router, before[0], device.name)
     for count in tokens:
         plan = choose_plan(spec, device, count, active)
-        run = launches.of(plan.block_m, count * active)
+        run = [*before, *launches.of(plan.block_m, count * active)]
         for launch in run:
             if str(launch) not in compiled:
                 compiled[str(launch)] = aot.compile_kernel(spec, launch, device.name)
@@ -105,6 +118,7 @@ def _plan(
         blocks=tuple(paths),
         spec=spec.key,
         active=active,
+        router=router.key if router is not None else "",
         target=device.name,
         board=device.board,
         costs={str(one): one.text for one in plans(spec, device, active)},
@@ -152,6 +166,7 @@ def print_plans(found: Sequence[KernelPlans], console: Console, source: bool = F
         more = f" and {len(others)} more" if others else ""
         console.print(f"\n[b]{path or 'the model'}[/b]{more}", highlight=False)
         console.print(f"{one.spec} · K={one.active} · {one.target} ({one.board})", highlight=False)
+        console.print(f"  router: {one.router or 'operators of torch'}", highlight=False)
         for name, cost in one.costs.items():
             console.print(f"  {name}: {cost} s", highlight=False, soft_wrap=True)
         for row in one.chosen:

@@ -107,7 +107,8 @@ def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
         _print_described("routers", _routers(blocks.values()), console)
         _print_described("shared experts", _shared(blocks.values()), console)
         console.print("kernels")
-        _print_list(dict.fromkeys(block["kernel"] for block in blocks.values()), console)
+        keys = [block[key] for key in ("kernel", "router_kernel") for block in blocks.values()]
+        _print_list(dict.fromkeys(filter(None, keys)), console)
     for title, name in (("attention", "attentions"), ("linear layers", "linears")):
         found = {one["path"]: one["kernel"] for graph in graphs for one in getattr(graph, name)}
         if found:

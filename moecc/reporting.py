@@ -25,9 +25,9 @@ class GraphReport:
     passes: tuple[dict[str, Any], ...]
     """name, rewrites, nodes_before, nodes_after, milliseconds, note"""
     blocks: tuple[dict[str, Any], ...]
-    """path, style, source, experts, active, hidden_size, intermediate, dtype, activation, kernel;
-    router: text, steps, unknown, matrix, matrix_bias, dtype, reads; shared: text, intermediate,
-    gated, activation, gate, then, unknown, or None"""
+    """path, style, source, experts, active, hidden_size, intermediate, dtype, activation, kernel,
+    router_kernel; router: text, steps, unknown, matrix, matrix_bias, dtype, reads; shared: text,
+    intermediate, gated, activation, gate, then, unknown, or None"""
     attentions: tuple[dict[str, Any], ...]
     """path, heads, shared, kernel: attention of a few query tokens that moecc's kernels compute"""
     linears: tuple[dict[str, Any], ...]
@@ -120,7 +120,8 @@ def _pass(step: Step) -> dict[str, Any]:
 
 
 def _block(block: Any, kernel: str) -> dict[str, Any]:
-    names = ("path", "style", "source", "experts", "active", "hidden_size", "intermediate")
+    sizes = ("experts", "active", "hidden_size", "intermediate")
+    names = ("path", "style", "source", *sizes, "router_kernel")
     plain = {name: getattr(block, name) for name in names}
     described = {
         name: None if (found := getattr(block, name)) is None else found.to_dict()

@@ -17,6 +17,7 @@ from moecc.passes.axes import over_own_axes, tensor_of, through_layout
 from moecc.passes.parameters import GIVEN, is_parameter, stacked_parameters
 from moecc.passes.pattern import is_cast, mutates, op_name
 from moecc.passes.products.contraction import PRODUCTS
+from moecc.passes.sizes import fixed
 
 _PLAIN = {
     "abs": "abs", "add": "add", "div": "div", "exp": "exp", "maximum": "max", "minimum": "min",
@@ -147,6 +148,9 @@ class _Reader:
         name = op_name(node)
         args = cast(tuple[Any, ...], node.args)
         operation = _PLAIN.get(name, "")
+        if (number := fixed(node.meta.get("example_value"))) is not None:
+            self.interior.pop(node, None)
+            return constant(number)
         if _is_biased_product(node):
             return self._leaf(node, "plain", _own_leaf(node))
         origin = _origin(node)

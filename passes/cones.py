@@ -31,6 +31,15 @@ def ancestors(node: Node) -> set[Node]:
     return seen
 
 
+def descendants(start: Node) -> set[Node]:
+    """List everything that is computed from a node, without itself."""
+    behind = {start}
+    for node in _after(start):
+        if any(one in behind for one in node.all_input_nodes):
+            behind.add(node)
+    return behind - {start}
+
+
 def cone(end: Node, start: Node, place: Node) -> list[Node] | None:
     """List what `start` goes through to become `end`, in the order of the graph, `end` included.
 
@@ -38,11 +47,7 @@ def cone(end: Node, start: Node, place: Node) -> list[Node] | None:
     that is not there yet at `place`, or if what lies between writes to something outside.
     """
     order = {node: number for number, node in enumerate(end.graph.nodes)}
-    behind = {start}
-    for node in _after(start):
-        if any(one in behind for one in node.all_input_nodes):
-            behind.add(node)
-    inside = ancestors(end) & behind - {start}
+    inside = ancestors(end) & descendants(start)
     if end not in inside:
         return None
     early = order[place]

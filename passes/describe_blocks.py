@@ -19,7 +19,7 @@ from moecc.passes.router.values import Unreadable, Values
 from moecc.passes.shared import After, SharedExpert, read_output
 from moecc.passes.source import source_line
 
-_SURPRISES = (
+SURPRISES = (
     ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, Unreadable,
     ValueError,
 )  # fmt: skip
@@ -53,7 +53,7 @@ def _router(values: Values, nodes: Mapping[str, Node], block: MoeBlock) -> Route
         return read_router(values, hidden, ids, weights, output)
     except Unreadable as error:
         return Router(steps=(unknown(error.node, error.why),))
-    except _SURPRISES as error:
+    except SURPRISES as error:
         return Router(steps=(Unknown(output.name, source_line(output), _failure(error)),))
 
 
@@ -72,7 +72,7 @@ def _output(values: Values, nodes: Mapping[str, Node], block: MoeBlock) -> After
     onto = nodes[block.onto] if block.onto is not None else None
     try:
         return read_output(values, nodes[block.hidden], nodes[block.output], onto)
-    except _SURPRISES as error:
+    except SURPRISES as error:
         return After(shared=SharedExpert(unknown=f"{block.output}, {_failure(error)}"))
 
 

@@ -85,7 +85,7 @@ def _fuse(
     install_kernel(kernel, "torch")
     old = nodes[block.output]
     build = Builder(graph, old)
-    tokens = _tokens(build, block, nodes)
+    tokens = chosen = _tokens(build, block, nodes)
     if block.weighs == "input":
         tokens = _weighed_rows(build, block.hidden_size, *tokens)
     bias = _gate_up_bias(build, block, nodes)
@@ -106,7 +106,7 @@ def _fuse(
     renamed[old.name], nodes[result.name] = result.name, result
     graph.erase_node(old)
     _erase_interior([nodes[name] for name in block.interior], graph)
-    hidden, ids, weights = (node.name for node in tokens)
+    hidden, ids, weights = (node.name for node in (tokens[0], *chosen[1:]))
     fused = replace(block, hidden=hidden, ids=ids, weights=weights, output=call.name, onto=None)
     biases = [one.name if one is not None else None for one in (bias, down_bias)]
     fused = replace(fused, gate_up_bias=biases[0], up_bias=None, down_bias=biases[1])

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moecc.codegen.activation import Expr
+from moecc.codegen.router_spec import RouterSpec
 from moecc.passes.router.description import Router
 from moecc.passes.shared import SharedExpert
 from moecc.runtime.schemes.scheme import Schemes
@@ -104,6 +105,10 @@ class MoeBlock:
     """What the experts are quantized to; None keeps the model's dtype (`quantize_experts`)."""
     router: Router | None = None
     """How `ids` and `weights` are made, as a description (`describe_blocks`)."""
+    router_spec: RouterSpec | None = None
+    """The kernel that can make them of the logits; None if it is not known (`fuse_routers`)."""
+    router_kernel: str = ""
+    """The one that does; empty where the model's own nodes do."""
     shared: SharedExpert | None = None
     """The dense MLP whose output is added to the block's, likewise; None if there is none."""
 

@@ -79,7 +79,7 @@ class After:
 def read_output(values: Values, hidden: Node, output: Node, onto: Node | None = None) -> After:
     """Follow a block's output to what is added to it; `onto` is what it holds already."""
     hidden, sums = values.plain(hidden), 0
-    shared = _shared(values, onto, hidden, output) if onto is not None else None
+    shared = read_shared(values, onto, hidden, output) if onto is not None else None
     if shared is not None:
         return After(shared=_with_scale(values, shared, output))
     scales: list[Scale] = []
@@ -93,7 +93,7 @@ def read_output(values: Values, hidden: Node, output: Node, onto: Node | None = 
             scales.append(Scale(scale.by, scale.divides, on_output=True))
         if other is None:
             continue
-        shared = _shared(values, other, hidden, output)
+        shared = read_shared(values, other, hidden, output)
         if shared is not None and (not sums or not shared.unknown):
             return After(scales=tuple(scales), shared=_with_scale(values, shared, node))
         sums += 1
@@ -125,7 +125,7 @@ def _with_scale(values: Values, shared: SharedExpert, total: Node) -> SharedExpe
     return replace(shared, then=step[0]) if step is not None else shared
 
 
-def _shared(values: Values, node: Node, hidden: Node, output: Node) -> SharedExpert | None:
+def read_shared(values: Values, node: Node, hidden: Node, output: Node) -> SharedExpert | None:
     """Describe what is added; None if it is no product of the hidden state with the model's own."""
     cone = list(values.cone(node, stop=hidden, limit=_MLP))
     leaves = [one for one in cone if not one.all_input_nodes and one is not hidden]
@@ -151,7 +151,7 @@ def _read(values: Values, node: Node, hidden: Node) -> SharedExpert:
     """Read `mlp(hidden)`, perhaps times its gate."""
     node, gate = values.plain(node), ""
     if plain_name(node) == "mul":
-        gate, node = _gate(values, node, hidden)
+        gate, _, node = read_gate(values, node, hidden)
     found = matrix_of(values, node)
     if found is None:
         raise Unreadable(node)
@@ -179,8 +179,11 @@ def _read(values: Values, node: Node, hidden: Node) -> SharedExpert:
     )
 
 
-def _gate(values: Values, node: Node, hidden: Node) -> tuple[str, Node]:
-    """Take `function(linear(hidden)) * mlp` apart, where the linear has one output."""
+def read_gate(values: Values, node: Node, hidden: Node) -> tuple[str, Node, Node]:
+    """Take `function(linear(hidden)) * mlp` apart, where the linear has one output.
+
+    Returns the name of the function, the gate and the MLP; raises `Unreadable` for anything else.
+    """
     sides = [values.plain_operand(node, 0), values.plain_operand(node, 1, "other")]
     for gate, mlp in (sides, sides[::-1]):
         if not isinstance(gate, Node) or not isinstance(mlp, Node) or width(gate) != 1:
@@ -188,5 +191,5 @@ def _gate(values: Values, node: Node, hidden: Node) -> tuple[str, Node]:
         step = read_function(values, gate)
         linear = matrix_of(values, values.plain(step[1])) if step else None
         if step and linear and values.plain(linear[0]) is hidden:
-            return str(step[0]), mlp
+            return str(step[0]), gate, mlp
     raise Unreadable(node)

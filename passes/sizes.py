@@ -29,6 +29,18 @@ def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(map(same, one, other))
 
 
+def fixed(value: Any) -> float | None:
+    """Give the number of a model's float, which Dynamo makes a symbol where all is dynamic.
+
+    It is a constant of what is compiled then: another value of the attribute compiles anew.
+    """
+    if isinstance(value, torch.SymFloat):
+        traced = cast(Any, value).node.expr
+        if traced.is_Symbol or traced.is_number:  # a number once it was read
+            return float(value)
+    return None
+
+
 def known(size: Any) -> int | None:
     """Give a size that is the same in every call, or None."""
     number = expression(size)

@@ -23,6 +23,7 @@ from moecc.runtime import bank
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.schemes.scheme import Schemes
+from moecc.runtime.shared import add_shared
 from moecc.runtime.twins import is_foreseen, twin_of
 from moecc.runtime.watch import Use, uses
 
@@ -40,7 +41,10 @@ ExpertsFn = Callable[
     ],
     torch.Tensor,  # [T, H], dtype and device of hidden
 ]
-"""out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k]."""
+"""out[t] = sum_k weights[t, k] * down[e] @ act(gate_up[e] @ hidden[t]), with e = ids[t, k].
+
+Kernels for GPUs take the keywords `shared` and `shared_scale` besides (`runtime.shared`).
+"""
 
 AddExpertsFn = Callable[..., None]
 """Add what some experts give: `add(onto, slots, *arguments of ExpertsFn)`.
@@ -57,7 +61,7 @@ AdderFor = Callable[[Schemes | None], AddExpertsFn]
 calls: Counter[str] = Counter()
 """How often each kernel ran in this process, compiled and eager roads together."""
 
-_kernels: dict[str, tuple[ExpertsFn, AdderFor | None]] = {}
+_kernels: dict[str, tuple[Callable[..., torch.Tensor], AdderFor | None]] = {}
 _library = torch.library.Library("moecc", "DEF")
 
 
@@ -78,10 +82,13 @@ def run_experts(
     learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
+    shared: torch.Tensor | None = None,
+    shared_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run a block's experts with the kernel of this key; shapes are those of `ExpertsFn`.
 
-    `after` are predictions that have to be made before, and nothing else.
+    `after` are predictions that have to be made before, and nothing else. What is `shared` is added
+    (`runtime.shared`), by the kernel where one call computes all experts.
     """
     found = _kernels.get(kernel)
     if found is None:
@@ -101,9 +108,13 @@ def run_experts(
         if learned is not None:
             raise InputError(f"kernel {kernel!r} multiplies by a vector that is not on disk")
         adder = adder_for(lender.schemes)
-        return lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
+        out = lender.run(adder, hidden, ids, weights, gate_up_bias, down_bias)
+        return add_shared(out, shared, shared_scale)
     bank.refresh(gate_up)
-    return run(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
+    tensors = (hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, up, learned)
+    if shared is None:
+        return run(*tensors)
+    return run(*tensors, shared=shared, shared_scale=shared_scale)
 
 
 def _experts_apart(
@@ -187,6 +198,8 @@ def _fake_experts(
     learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
+    shared: torch.Tensor | None = None,
+    shared_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     refuse_meta(gate_up)
     return hidden.new_empty(hidden.shape)
@@ -243,9 +256,7 @@ def _refuse_gradient(name: str) -> Callable[..., None]:
     return backward
 
 
-def define(
-    schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
-) -> None:
+def define(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
     """Register with `Library`, not `custom_op`, which costs 100 us more a call."""
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -257,7 +268,7 @@ def define(
 define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, Tensor? learned, str kernel, "
-    "Tensor[]? after=None) -> Tensor",
+    "Tensor[]? after=None, Tensor? shared=None, Tensor? shared_scale=None) -> Tensor",
     run_experts,
     _fake_experts,
 )

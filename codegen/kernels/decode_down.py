@@ -9,6 +9,7 @@ import triton.language as tl
 
 from moecc.codegen.kernels.choices import load_choices, locate, next_choice
 from moecc.codegen.kernels.low_bit import dot_packed
+from moecc.codegen.kernels.shared import add_shared
 
 
 @triton.jit(do_not_specialize=["active"])
@@ -19,6 +20,8 @@ def decode_down(
     weight_ptr,  # [E, H, I], or [E, I, H] if DOWN_TRANSPOSED; [E, bytes] if PACKED
     bias_ptr,  # [E, H] or None
     slots_ptr,  # [E] or None; with slots, terms are added onto what out holds
+    shared_ptr,  # [T, H] or None
+    scale_ptr,  # [T], which scales shared, or None
     out_ptr,  # [T, H], written
     active,  # K
     HIDDEN: tl.constexpr,
@@ -69,4 +72,5 @@ def decode_down(
         if bias_ptr is not None:
             term += tl.load(bias_ptr + expert * HIDDEN + n, mask=in_n, other=0.0).to(tl.float32)
         out += tl.load(weights_ptr + assignment).to(tl.float32) * term
+    out = add_shared(out, shared_ptr, scale_ptr, out_ptr, token, n, HIDDEN)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_n)

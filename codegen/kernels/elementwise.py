@@ -50,3 +50,13 @@ def tanh(x):
 def square(x):
     """Return x * x; a function, so that the operand is computed once."""
     return x * x
+
+
+@triton.jit
+def softplus(x):
+    """Return log(1 + exp(x)), also where 1 + exp(-|x|) rounds to 1."""
+    small = tl.exp(-tl.abs(x))
+    total = 1.0 + small
+    # Kahan: what rounding the sum lost is in (total - 1) as well as in its logarithm.
+    log1p = tl.where(total == 1.0, small, tl.log(total) * small / (total - 1.0))
+    return tl.maximum(x, 0.0) + log1p

@@ -1,9 +1,13 @@
-"""Add the K terms of each token: out[t] = sum over k of terms[t, k], experts ascending."""
+"""Add the K terms of each token: out[t] = sum over k of terms[t, k], experts ascending.
+
+And the output of a shared expert, if there is one.
+"""
 
 import triton
 import triton.language as tl
 
 from moecc.codegen.kernels.choices import load_choices, next_choice
+from moecc.codegen.kernels.shared import add_shared
 
 
 @triton.jit(do_not_specialize=["active"])
@@ -11,6 +15,8 @@ def reduce_terms(
     terms_ptr,  # [T, K, H], unwritten where the expert does not exist
     ids_ptr,  # [T, K]
     slots_ptr,  # [E] or None; with slots, terms are added onto what out holds
+    shared_ptr,  # [T, H] or None
+    scale_ptr,  # [T], which scales shared, or None
     out_ptr,  # [T, H], written
     active,  # K
     HIDDEN: tl.constexpr,
@@ -31,4 +37,5 @@ def reduce_terms(
         key = next_choice(keys, key)
         row = token * active + key % CHOICES
         total += tl.load(terms_ptr + row * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
+    total = add_shared(total, shared_ptr, scale_ptr, out_ptr, token, n, HIDDEN)
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=n < HIDDEN)

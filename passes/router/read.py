@@ -40,14 +40,25 @@ def read_router(values: Values, hidden: Node, ids: Node, weights: Node, output: 
     What cannot be read is a step `Unknown`.
     """
     try:
-        choice = read_choice(values, ids_of_tokens(values, values.at(ids, output)), weights)
+        choice, before, after = read_parts(values, ids, weights, output)
         hidden = tokens_of_rows(values, values.at(hidden, output))
     except Unreadable as error:
         return Router(steps=(unknown(error.node, error.why),))
+    return compose(values, hidden, choice, before, after)
+
+
+def read_parts(
+    values: Values, ids: Node, weights: Node, output: Node
+) -> tuple[Choice, Trace | None, Weights]:
+    """Read what chose the `ids`, what the choice goes by if it goes by scores, and the weights.
+
+    Raises `Unreadable` at a node that is no known way to choose.
+    """
+    choice = read_choice(values, ids_of_tokens(values, values.at(ids, output)), weights)
     before = read_scores(values, choice.scores) if choice.scores is not None else None
     scores = before.nodes if before is not None else frozenset[Node]()
     reader = WeightReader(values=values, choice=choice, scores=scores, output=output)
-    return compose(values, hidden, choice, before, reader.read(weights))
+    return choice, before, reader.read(weights)
 
 
 def compose(

@@ -12,7 +12,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import Graph, Node
 
 from moecc.passes.pattern import mutates, op_name
-from moecc.passes.sizes import known
+from moecc.passes.sizes import fixed, known
 
 _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
@@ -81,7 +81,10 @@ class Values:
     def operand(self, node: Node, index: int, name: str = "input") -> Any:
         """Give an argument, as it is when `node` reads it; None if it is not there."""
         value = argument(node, index, name)
-        return self.at(value, node) if isinstance(value, Node) else value
+        if not isinstance(value, Node):
+            return value
+        number = fixed(value.meta.get("example_value"))
+        return self.at(value, node) if number is None else number
 
     def plain(self, value: Node) -> Node:
         """Go back through what changes neither a number nor what the last dimension means."""

@@ -66,7 +66,8 @@ def main() -> None:
             devices.add(str(compiled(ids, attention_mask=mask, use_cache=False).logits.device))
     records = all_records()
     blocks = [block for record in records for block in record.blocks]
-    spec = kernel_spec(blocks[0])
+    spec, paths = kernel_spec(blocks[0]), {block.path for block in blocks}
+    lowerings = [one for record in records for one in record.lowerings]
     with dry_run(90) as launches:
         for plan in (None, *plans(spec, GPUS["sm_90"], blocks[0].active)):
             x = make_inputs(spec, 4, blocks[0].active)
@@ -76,7 +77,11 @@ def main() -> None:
         "devices": sorted(devices),
         "graphs": len(records),
         "blocks": len(blocks),
-        "kernels": sorted({one.kernel for record in records for one in record.lowerings}),
+        "kernels": sorted({one.kernel for one in lowerings if one.block in paths}),
+        "shared": sum(
+            "shared experts" in step.note and step.rewrites for one in records for step in one.steps
+        ),
+        "routers": sorted({block.router_kernel for block in blocks}),
         "expected": kernel.key,
         "misses": [miss.why for record in records for miss in record.misses] + [*declined],
         "launches": sorted({name for name, _ in launches.launched}),

@@ -55,9 +55,10 @@ def run_both(spec: KernelSpec, x: Inputs, block_m: int = 16) -> list[torch.Tenso
 # Numbers
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("style", STYLES)
-def test_both_algorithms_agree_with_the_definition(style: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("number", "style"), enumerate(STYLES))
+def test_both_algorithms_agree_with_the_definition(number: int, style: str) -> None:
+    """In one dtype each: what depends on it is layouts, which `test_triton_layouts` pairs."""
+    dtype = list(TOLERANCE)[number % len(TOLERANCE)]
     spec = dataclasses.replace(STYLES[style], dtype=dtype)
     x = make_inputs(spec, tokens=3, active=2)
     for out in run_both(spec, x):
@@ -121,7 +122,7 @@ def test_an_expert_that_does_not_exist_contributes_nothing_even_to_nan() -> None
         assert not out[0].any()
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["swiglu", "gpt-oss", "relu2", "geglu", "st-moe"])
 def test_nan_reaches_its_own_token_and_no_other(style: str) -> None:
     spec = STYLES[style]
     x = make_inputs(spec, tokens=3, active=2)

@@ -1,4 +1,8 @@
-"""Each product in a layout of its own, in Triton: every combination."""
+"""Each product in a layout of its own, in Triton.
+
+Every layout with every way of writing gate and up, and each of the two with every dtype: pairs, of
+which a load or a store depends on no more. The three together are not all run.
+"""
 
 import dataclasses
 
@@ -45,13 +49,18 @@ KINDS = {
 }
 
 
+PAIRS = [
+    (layout, list(TOLERANCE)[(row + column) % len(TOLERANCE)], kind)
+    for row, layout in enumerate(LAYOUTS)
+    for column, kind in enumerate(KINDS)
+]
+
+
 def spec_of(layout: str, kind: str, **changes: object) -> KernelSpec:
     return dataclasses.replace(KINDS[kind], **LAYOUTS[layout], **changes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype", "kind"), PAIRS, ids=str)
 def test_both_algorithms_agree_with_the_definition(
     layout: str, dtype: torch.dtype, kind: str
 ) -> None:
@@ -64,7 +73,7 @@ def test_both_algorithms_agree_with_the_definition(
         assert_close(grouped(launches, x, 16), expected, dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MIXED)
 def test_square_matrices_are_read_in_the_layout_that_the_spec_says(layout: str) -> None:
     """No shape tells the layouts apart where H = I: the numbers must."""
     spec = spec_of(layout, "halves", hidden=48, intermediate=48)

@@ -48,8 +48,11 @@ def defined(spec: KernelSpec, x: Inputs) -> torch.Tensor:
     return reference.emit(dataclasses.replace(spec, dtype=torch.float32)).run(*wide)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in NAMES), ("int4", torch.float32), ("fp8", torch.float32)],
+    ids=str,
+)
 def test_both_algorithms_agree_with_the_definition(name: str, dtype: torch.dtype) -> None:
     spec = make_spec(dtype=dtype, **ODD)
     spec, x = pack(spec, name, name, make_inputs(spec, tokens=2, active=2))

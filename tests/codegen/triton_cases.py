@@ -87,7 +87,8 @@ def make_inputs(
 
 def tensors(x: Inputs) -> list[torch.Tensor | None]:
     """List what `ExpertsFn` takes."""
-    return [getattr(x, one.name) for one in dataclasses.fields(x) if one.name != "slots"]
+    others = ("slots", "shared", "shared_scale")
+    return [getattr(x, one.name) for one in dataclasses.fields(x) if one.name not in others]
 
 
 def decode(launches: Launches, x: Inputs) -> torch.Tensor:

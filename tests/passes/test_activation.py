@@ -12,6 +12,8 @@ from moecc.codegen.activation import OPERATIONS, evaluate, render
 from moecc.codegen.reference import split_gate_up
 from moecc.codegen.spec import KernelSpec
 from moecc.passes.activation import UnreadableActivation, read_activation
+from tests.models import BatchedMoe
+from tests.passes.rewriting import rewritten, tokens
 
 WIDTH = 8
 
@@ -183,3 +185,25 @@ def test_refuses_what_is_neither_two_products_nor_two_halves(
 ) -> None:
     with pytest.raises(UnreadableActivation):
         read_activation(traced_module(TwoProducts(act)))
+
+
+def test_a_float_of_the_model_is_a_constant_and_another_one_compiles_anew() -> None:
+    """Dynamo makes floats symbols where everything is dynamic."""
+
+    class Clamped(BatchedMoe):
+        limit, share = 0.5, 1.702
+
+        def activate(self, rows: torch.Tensor) -> torch.Tensor:
+            gate, up = rows.chunk(2, dim=-1)
+            gate = gate.clamp(max=self.limit)
+            return gate * torch.sigmoid(gate * self.share) * up
+
+    model = Clamped(torch.float32)
+    done = rewritten(model, dynamic=True)
+    for tokens_ in (6, 9, 17):
+        assert done.error(tokens(tokens_)) < 1e-5
+    assert done.blocks == [1]
+    assert "1.702" in str(done.results[0].program.blocks[0].activation)
+    model.share = 1.0
+    assert done.error(tokens(7)) < 1e-5
+    assert done.blocks == [1, 1]
