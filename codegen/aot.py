@@ -20,7 +20,7 @@ from moecc.codegen import machine_code
 from moecc.codegen.gpus import gpu
 from moecc.codegen.machine_code import ASYNC_COPIES, TENSOR_CORES, of_kind
 from moecc.codegen.spec import KernelSpec
-from moecc.codegen.triton_launches import Launch, plan_launches
+from moecc.codegen.triton_launches import Launch
 
 _TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)")
@@ -72,7 +72,7 @@ class Resources:
         return of_kind(self.instructions, ASYNC_COPIES)
 
 
-def argument_types(spec: KernelSpec, arguments: list[str]) -> dict[str, str]:
+def argument_types(spec: KernelSpec, launch: Launch) -> dict[str, str]:
     """Name the Triton type of each run-time argument; hidden states have the weights' dtype."""
     dtype = _TRITON_TYPE[spec.dtype]
     weights = "*u8" if spec.schemes else f"*{dtype}"
@@ -86,9 +86,12 @@ def argument_types(spec: KernelSpec, arguments: list[str]) -> dict[str, str]:
             ("order_ptr", "tiles_ptr", "counts_ptr", "before_ptr", "totals_ptr"), "*i32"
         ),
     }
+    pointers |= {
+        name: f"tensordesc<{dtype}{list(block)}>" for name, block in launch.descriptors.items()
+    }
     return {
         name: pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in arguments
+        for name in launch.kernel.arg_names
     }
 
 
@@ -109,7 +112,7 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
         "slots_ptr": True,
     }
     constants |= {name: None for name in names if absent.get(name)}
-    types = argument_types(spec, names)
+    types = argument_types(spec, launch)
     source = compiler.ASTSource(
         fn=launch.kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
@@ -118,14 +121,14 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name.endswith("_ptr") and name not in constants
+            if types[name].startswith("*") and name not in constants
         },
     )
     backend, arch = ("hip", target) if device.is_amd else ("cuda", int(target[3:]))
     binary = compiler.compile(
         source,
         target=backends.GPUTarget(backend, arch, device.warp_size),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
     if device.is_amd:
         text = binary.asm["amdgcn"]
@@ -144,11 +147,6 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
         instructions=code.counts(),
         loop=code.hot_loop(),
     )
-
-
-def compile_spec(spec: KernelSpec, target: str) -> list[Resources]:
-    """Compile every kernel that the emitter may run for a spec."""
-    return [compile_kernel(spec, launch, target) for launch in plan_launches(spec).every()]
 
 
 def _tool(name: str, cubin: bytes, *options: str) -> str:

@@ -84,12 +84,12 @@ def _spec_on_gpu(block: MoeBlock, quantize: str) -> KernelSpec:
 def _plan(
     spec: KernelSpec, active: int, device: Gpu, tokens: Sequence[int], paths: list[str]
 ) -> KernelPlans:
-    launches = plan_launches(spec)
+    launches = plan_launches(spec, device)
     chosen: list[Chosen] = []
     compiled: dict[str, aot.Resources] = {}
     for count in tokens:
         plan = choose_plan(spec, device, count, active)
-        run = launches.of(plan.block_m, count * active)
+        run = launches.of(plan, count * active)
         for launch in run:
             if str(launch) not in compiled:
                 compiled[str(launch)] = aot.compile_kernel(spec, launch, device.name)
