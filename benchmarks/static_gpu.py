@@ -79,6 +79,8 @@ class Row:
     product_count: int
     """Of them in the loop, or in all where it is unrolled."""
     async_copies: int
+    descriptor_copies: int
+    """Of them those of a tensor's block (TMA)."""
     loop: int
     """Instructions of the loop that runs most; 0 where it is unrolled."""
     instructions: int
@@ -112,16 +114,17 @@ def make_spec(weights: str, shape: Mapping[str, int] = SHAPE) -> KernelSpec:
     return low_bit.packed_kernel(spec, schemes, "triton").spec
 
 
-def planned(weights: str) -> list[Launch]:
-    """List the kernels of a spec that differ in more than a number.
+def planned(weights: str, target: str) -> list[Launch]:
+    """List the kernels of a spec that differ in more than a number on a target.
 
     Those that sort are the same for all weights, and for them a tile's height is only a number.
     """
     if weights in ROUTERS:
         return [plan_router(ROUTERS[weights])]
-    launches = plan_launches(make_spec(weights))
+    launches = plan_launches(make_spec(weights), GPUS[target])
     heights = launches.grouped.values()
-    products = [launch for one in heights for launch in (one.gate_up, one.down)]
+    persistent = [launches.persistent] if launches.persistent else []
+    products = [launch for one in (*heights, *persistent) for launch in (one.gate_up, one.down)]
     found = [launches.decode_gate_up, launches.decode_down, *products]
     if weights == "bf16":
         first = next(iter(heights))
@@ -132,7 +135,7 @@ def planned(weights: str) -> list[Launch]:
 
 def measure(weights: str, number: int, target: str) -> Row:
     """Compile one kernel, by its number in `planned`."""
-    launch = planned(weights)[number]
+    launch = planned(weights, target)[number]
     if weights in ROUTERS:
         found = aot.compile_router(ROUTERS[weights], launch, target)
     else:
@@ -152,6 +155,7 @@ def measure(weights: str, number: int, target: str) -> Row:
         products=found.products,
         product_count=of_kind(code, (found.products,)) if found.products else 0,
         async_copies=found.async_copies,
+        descriptor_copies=found.instructions.get("UTMALDG", 0),
         loop=size(found.loop),
         instructions=size(found.instructions),
         wide_loads=found.instructions.get("LDG.128", 0) + found.instructions.get("LDGSTS.128", 0),
@@ -169,7 +173,7 @@ def measure_all(weights: Iterable[str], targets: Sequence[str]) -> list[Row]:
         (one, number, target)
         for one in weights
         for target in targets_of(one, targets)
-        for number in range(len(planned(one)))
+        for number in range(len(planned(one, target)))
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(measure, *zip(*jobs, strict=True)))

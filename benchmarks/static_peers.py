@@ -48,7 +48,7 @@ PEERS = (
     ),
     Peer(
         name="vLLM 16x64x128, 4 stages",
-        ours="grouped_down 16x128x64",
+        ours="grouped_down 16x128x64 swapped",
         registers=72,
         shared=61440,
         loop=113,
@@ -57,7 +57,7 @@ PEERS = (
     ),
     Peer(
         name="triton_kernels 16x256x64, split 2",
-        ours="grouped_down 16x128x64",
+        ours="grouped_down 16x128x64 swapped",
         registers=134,
         shared=104448,
         loop=127,
@@ -66,24 +66,43 @@ PEERS = (
     ),
     Peer(
         name="triton_kernels 128x256x64, persistent",
-        ours="grouped_down 128x128x64",
+        ours="persistent_down 128x256x64",
         registers=184,
         shared=213016,
         loop=0,
         products="",
         **_VLLM,
     ),
+    Peer(
+        name="triton_kernels 128x256x64, persistent, swiglu",
+        ours="persistent_gate_up 128x128x64",
+        registers=254,
+        shared=None,
+        loop=0,
+        products="",
+        **_VLLM,
+    ),
+    Peer(
+        name="triton_kernels persistent, warps specialized",
+        target="sm_100",
+        weights="bf16",
+        ours="persistent_down 128x256x64",
+        registers=168,
+        shared=229732,
+        loop=66,
+        products="",
+    ),
     *(
         Peer(
             name="vLLM int4 (groups of 128) 16x64x32",
             target=target,
             weights="int4",
-            ours="grouped_down 16x128x64",
+            ours="grouped_down 16x128x64" + swapped,
             registers=56,
             shared=None,
             loop=828,
             products="",
         )
-        for target in ("sm_80", "sm_90")
+        for target, swapped in (("sm_80", ""), ("sm_90", " swapped"))
     ),
 )

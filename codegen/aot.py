@@ -21,7 +21,7 @@ from moecc.codegen.gpus import gpu
 from moecc.codegen.machine_code import ASYNC_COPIES, TENSOR_CORES, of_kind
 from moecc.codegen.router_spec import RouterSpec
 from moecc.codegen.spec import KernelSpec
-from moecc.codegen.triton_launches import Launch, plan_launches
+from moecc.codegen.triton_launches import Launch
 
 _TRITON_TYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)")
@@ -73,7 +73,7 @@ class Resources:
         return of_kind(self.instructions, ASYNC_COPIES)
 
 
-def argument_types(spec: KernelSpec, arguments: list[str]) -> dict[str, str]:
+def argument_types(spec: KernelSpec, launch: Launch) -> dict[str, str]:
     """Name the Triton type of each run-time argument; hidden states have the weights' dtype."""
     dtype = _TRITON_TYPE[spec.dtype]
     weights = "*u8" if spec.schemes else f"*{dtype}"
@@ -87,9 +87,12 @@ def argument_types(spec: KernelSpec, arguments: list[str]) -> dict[str, str]:
             ("order_ptr", "tiles_ptr", "counts_ptr", "before_ptr", "totals_ptr"), "*i32"
         ),
     }
+    pointers |= {
+        name: f"tensordesc<{dtype}{list(block)}>" for name, block in launch.descriptors.items()
+    }
     return {
         name: pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in arguments
+        for name in launch.kernel.arg_names
     }
 
 
@@ -98,15 +101,16 @@ def compile_kernel(spec: KernelSpec, launch: Launch, target: str) -> Resources:
 
     Raises `OptionError` for a target that is not in `GPUS`.
     """
-    names: list[str] = launch.kernel.arg_names
     absent = {
         "bias_ptr": not spec.bias,
         "up_ptr": not spec.split,
         "learned_ptr": not spec.learned,
         **dict.fromkeys(("slots_ptr", "shared_ptr", "scale_ptr"), True),
     }
-    given = [name for name in names if not absent.get(name)]
-    return _compile(launch, argument_types(spec, given), target)
+    types = {
+        name: kind for name, kind in argument_types(spec, launch).items() if not absent.get(name)
+    }
+    return _compile(launch, types, target)
 
 
 def compile_router(spec: RouterSpec, launch: Launch, target: str) -> Resources:
@@ -138,14 +142,14 @@ def _compile(launch: Launch, types: Mapping[str, str], target: str) -> Resources
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name.endswith("_ptr") and name not in constants
+            if name not in constants and types[name].startswith("*")
         },
     )
     backend, arch = ("hip", target) if device.is_amd else ("cuda", int(target[3:]))
     binary = compiler.compile(
         source,
         target=backends.GPUTarget(backend, arch, device.warp_size),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
     if device.is_amd:
         text = binary.asm["amdgcn"]
@@ -164,11 +168,6 @@ def _compile(launch: Launch, types: Mapping[str, str], target: str) -> Resources
         instructions=code.counts(),
         loop=code.hot_loop(),
     )
-
-
-def compile_spec(spec: KernelSpec, target: str) -> list[Resources]:
-    """Compile every kernel that the emitter may run for a spec."""
-    return [compile_kernel(spec, launch, target) for launch in plan_launches(spec).every()]
 
 
 def _tool(name: str, cubin: bytes, *options: str) -> str:

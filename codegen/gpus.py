@@ -6,7 +6,7 @@ are the data sheets' of one board each. Nothing here is measured.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -46,7 +46,11 @@ class Gpu:
     reserved: int = KB
     """Bytes of shared memory that each block takes beside its own."""
     tensor_cores: str = "HMMA"
-    """The instruction of large tiles."""
+    """Their instruction."""
+    descriptors: bool = False
+    """Copies tiles of tensors by descriptor (TMA)."""
+    gathers: bool = False
+    """Such a copy may be of rows that lie apart."""
 
     @property
     def is_amd(self) -> bool:
@@ -57,6 +61,16 @@ class Gpu:
     def warp_size(self) -> int:
         """Threads of a warp."""
         return 64 if self.is_amd else 32
+
+    @property
+    def wide_products(self) -> bool:
+        """Tell whether a tensor core instruction takes 64 rows at least, 8 columns at least."""
+        return self.tensor_cores in ("HGMMA", "UTCHMMA")
+
+    @property
+    def tensor_memory(self) -> bool:
+        """Tell whether accumulators lie in a memory of their own (tcgen05), not in registers."""
+        return self.tensor_cores == "UTCHMMA"
 
     def blocks_per_sm(self, registers: int, warps: int, shared: int) -> int:
         """Count the blocks that an SM runs at a time; 0 if one does not fit.
@@ -117,6 +131,7 @@ GPUS: Mapping[str, Gpu] = {
             product_rate=989e12,
             float32_rate=67e12,
             tensor_cores="HGMMA",
+            descriptors=True,
             **_HOPPER,
         ),
         Gpu(
@@ -127,6 +142,8 @@ GPUS: Mapping[str, Gpu] = {
             product_rate=2250e12,
             float32_rate=80e12,
             tensor_cores="UTCHMMA",
+            descriptors=True,
+            gathers=True,
             **_HOPPER,
         ),
         Gpu(
@@ -137,6 +154,7 @@ GPUS: Mapping[str, Gpu] = {
             product_rate=209e12,
             float32_rate=104.8e12,
             blocks=24,
+            descriptors=True,
             **_CONSUMER,
         ),
         Gpu(
@@ -166,7 +184,7 @@ def gpu(target: str) -> Gpu:
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
-    """Describe a device by its target, or by the newest one here that is older.
+    """Describe a device by its target, or by the newest one here that is older, and its own SMs.
 
     Tensors that are on no GPU stand for some of an H100, so that tests need none.
     """
@@ -177,4 +195,5 @@ def gpu_of(device: torch.device) -> Gpu:
     major, minor = torch.cuda.get_device_capability(device)
     numbers = [int(name[3:]) for name, gpu in GPUS.items() if not gpu.is_amd]
     older = [number for number in numbers if number <= 10 * major + minor]
-    return GPUS[f"sm_{max(older, default=min(numbers))}"]
+    known = GPUS[f"sm_{max(older, default=min(numbers))}"]
+    return replace(known, sms=torch.cuda.get_device_properties(device).multi_processor_count)

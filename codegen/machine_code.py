@@ -15,7 +15,7 @@ ASYNC_COPIES = ("LDGSTS", "UTMALDG", "buffer_load_lds")
 
 _TELLING = ("64", "128", "NAN")
 _SASS = re.compile(
-    r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9]*)(?P<rest>[^;]*);"
+    r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9]*)(?P<rest>[^;]*);"
 )
 _GCN = re.compile(r"^\t(?P<name>[vs]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+)(?P<rest>[^;]*)")
 _LABEL = re.compile(r"^\s*(\.L\w+):")
@@ -29,6 +29,8 @@ class Instruction:
     name: str
     modifiers: tuple[str, ...] = ()
     target: str | None = None
+    always: bool = False
+    """It branches whenever it is reached."""
 
     @property
     def is_product(self) -> bool:
@@ -51,7 +53,8 @@ class MachineCode:
         """Count the opcodes of the loop that runs most; empty without a loop.
 
         That is the smallest one with a tensor core instruction (loops that wait for a barrier lie
-        inside), or else the longest one that holds no other.
+        inside), by the shortest way that leaves out no product: a loop over tiles and their steps
+        also has what only ends a tile. Or else the longest one that holds no other.
         """
         loops = [
             (self.labels[one.target], end + 1)
@@ -62,11 +65,24 @@ class MachineCode:
             loop for loop in loops if any(one.is_product for one in self.instructions[slice(*loop)])
         ]
         if products:
-            first, end = min(products, key=_length)
-        else:
-            inner = [one for one in loops if not any(_holds(one, other) for other in loops)]
-            first, end = max(inner, key=_length, default=(0, 0))
+            return _count(self._shortest_way(*min(products, key=_length)))
+        inner = [one for one in loops if not any(_holds(one, other) for other in loops)]
+        first, end = max(inner, key=_length, default=(0, 0))
         return _count(self.instructions[first:end])
+
+    def _shortest_way(self, first: int, end: int) -> list[Instruction]:
+        """Go through a loop with as many products as there are on a way, by the shortest such."""
+        ways: dict[int, list[Instruction]] = {end: []}
+        for at in reversed(range(first, end)):
+            one = self.instructions[at]
+            target = self.labels.get(one.target or "", at)
+            following = [] if one.always and at < end - 1 else [at + 1]
+            if at < target < end:
+                following.append(target)
+            known = [ways[number] for number in following if number in ways]
+            if known:
+                ways[at] = [one, *min(known, key=_cost)]
+        return ways.get(first, list(self.instructions[first:end]))  # all, if it leads elsewhere
 
 
 def parse(text: str) -> MachineCode:
@@ -83,7 +99,10 @@ def parse(text: str) -> MachineCode:
             modifiers = rest.split()[0].strip(".").split(".") if rest.startswith(".") else ()
             branches = name == "BRA" or name.startswith(("s_cbranch", "s_branch"))
             target = _TARGET.search(rest) if branches else None
-            found.append(Instruction(name, tuple(modifiers), target and target[0]))
+            # Of a guard, or of an operand before the label: `@P0 BRA`, `BRA.U UP0,`.
+            guarded = match.groupdict().get("guard") or "," in rest
+            always = branches and not guarded and not name.startswith("s_cbranch")
+            found.append(Instruction(name, tuple(modifiers), target and target[0], always))
     return MachineCode(instructions=found, labels=labels)
 
 
@@ -104,6 +123,10 @@ def _count(instructions: Iterable[Instruction]) -> dict[str, int]:
         counts[one.name] += 1
         counts.update(f"{one.name}.{part}" for part in one.modifiers if part in _TELLING)
     return dict(counts)
+
+
+def _cost(way: Sequence[Instruction]) -> tuple[int, int]:
+    return -sum(one.is_product for one in way), len(way)
 
 
 def _length(loop: tuple[int, int]) -> int:

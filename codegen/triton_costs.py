@@ -4,9 +4,11 @@
            bytes of the chosen experts / bandwidth + waves * time of a tile
 
 A wave is a tile on every SM; the last one counts in full. A tile takes its reads from L2 and its
-products, one after the other. Tiles are an expectation: a token chooses K of E experts, all sets as
-likely as any, so an expert's rows are binomially distributed, Binomial(T, K / E). Those that fit
-one tile make one; of more, the last tile of an expert is half full.
+products, one after the other; in a persistent kernel, which reads for a next tile while it
+multiplies, all but the first tile take the longer of both. Tiles are an expectation: a token
+chooses K of E experts, all sets as likely as any, so an expert's rows are binomially distributed,
+Binomial(T, K / E). Those that fit one tile make one; of more, the last tile of an expert is half
+full.
 
 Rates are data sheets', so costs compare plans and do not predict times. Nothing here is tuned, and
 nothing needs triton or tensors.
@@ -22,7 +24,15 @@ import torch
 
 from moecc.codegen.gpus import Gpu
 from moecc.codegen.spec import KernelSpec
-from moecc.codegen.triton_tiles import Tile, block_ms, decode_tile, grouped_tile
+from moecc.codegen.triton_tiles import (
+    PERSISTENT_M,
+    Tile,
+    block_ms,
+    can_persist,
+    decode_tile,
+    grouped_tile,
+    persistent_tile,
+)
 from moecc.runtime.schemes.scheme import Scheme
 
 sympy: Any = _sympy  # whose own types are partial
@@ -43,6 +53,8 @@ class Plan:
 
     block_m: int | None
     """Height of the grouped kernels' tiles; None: the decode kernels."""
+    persistent: bool = False
+    """Products have a program on each SM for all tiles, instead of one for each tile."""
     expression: Any
     """Seconds over `T`, a sympy expression."""
     seconds: Callable[[int], float]
@@ -54,7 +66,9 @@ class Plan:
         return str(sympy.N(self.expression, 3))
 
     def __str__(self) -> str:
-        return "decode" if self.block_m is None else f"grouped, {self.block_m} rows a tile"
+        if self.block_m is None:
+            return "decode"
+        return f"{'persistent' if self.persistent else 'grouped'}, {self.block_m} rows a tile"
 
 
 def expected_experts(tokens: Any, active: int, experts: int) -> Any:
@@ -71,34 +85,36 @@ def expected_tiles(tokens: Any, active: int, experts: int, block_m: int) -> Any:
 @cache
 def plans(spec: KernelSpec, gpu: Gpu, active: int) -> tuple[Plan, ...]:
     """List the ways to run a spec, each with its cost."""
-    found = [_plan(None, _decode_cost(spec, gpu, active))]
-    return (*found, *(_plan(m, _grouped_cost(spec, gpu, active, m)) for m in block_ms(spec)))
+    kinds = [(None, False), *((m, False) for m in block_ms(spec))]
+    if can_persist(spec, gpu):
+        kinds.append((PERSISTENT_M, True))
+    return tuple(_plan(spec, gpu, active, *kind) for kind in kinds)
 
 
 @lru_cache(maxsize=4096)
-def choose_plan(spec: KernelSpec, gpu: Gpu, tokens: int, active: int) -> Plan:
-    """Choose the plan of least cost; of equal ones the first, which has the least to compute."""
-    return min(plans(spec, gpu, active), key=lambda plan: plan.seconds(tokens))
+def choose_plan(
+    spec: KernelSpec, gpu: Gpu, tokens: int, active: int, *, aligned: bool = True
+) -> Plan:
+    """Choose the plan of least cost; of equal ones the first, which has the least to compute.
+
+    Persistent kernels read tensors that are aligned to 16 bytes.
+    """
+    possible = [plan for plan in plans(spec, gpu, active) if aligned or not plan.persistent]
+    return min(possible, key=lambda plan: plan.seconds(tokens))
 
 
-def _plan(block_m: int | None, cost: Any) -> Plan:
-    return Plan(block_m=block_m, expression=cost, seconds=sympy.lambdify(T, cost, "math"))
-
-
-def _decode_cost(spec: KernelSpec, gpu: Gpu, active: int) -> Any:
-    return 2 * LAUNCH + sum(
-        _product_cost(spec, gpu, active, tile, sizes, T * active)
-        for tile, sizes in _products(spec, None)
+def _plan(spec: KernelSpec, gpu: Gpu, active: int, block_m: int | None, persistent: bool) -> Plan:
+    if block_m is None:
+        launches, tiles = 2, T * active
+    else:
+        launches = sympy.Piecewise((4, T * active <= MAX_ROUTE), (6, True))
+        tiles = expected_tiles(T, active, spec.experts, block_m)
+    cost = launches * LAUNCH + sum(
+        _product_cost(spec, gpu, active, tile, sizes, tiles, persistent)
+        for tile, sizes in _products(spec, gpu, block_m, persistent)
     )
-
-
-def _grouped_cost(spec: KernelSpec, gpu: Gpu, active: int, block_m: int) -> Any:
-    launches = sympy.Piecewise((4, T * active <= MAX_ROUTE), (6, True))
-    tiles = expected_tiles(T, active, spec.experts, block_m)
-    return launches * LAUNCH + sum(
-        _product_cost(spec, gpu, active, tile, sizes, tiles)
-        for tile, sizes in _products(spec, block_m)
-    )
+    seconds = sympy.lambdify(T, cost, "math")
+    return Plan(block_m=block_m, persistent=persistent, expression=cost, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +127,9 @@ class _Sizes:
     width: float
 
 
-def _products(spec: KernelSpec, block_m: int | None) -> list[tuple[Tile, _Sizes]]:
+def _products(
+    spec: KernelSpec, gpu: Gpu, block_m: int | None, persistent: bool
+) -> list[tuple[Tile, _Sizes]]:
     schemes = spec.schemes
     first, second = (schemes.first, schemes.second) if schemes else (None, None)
     found: list[tuple[Tile, _Sizes]] = []
@@ -121,8 +139,10 @@ def _products(spec: KernelSpec, block_m: int | None) -> list[tuple[Tile, _Sizes]
     ):
         if block_m is None:
             tile = decode_tile(columns, depth, transposed, scheme)
+        elif persistent:
+            tile = persistent_tile(gpu, columns, depth, matrices)
         else:
-            tile = grouped_tile(spec, block_m, columns, depth, matrices)
+            tile = grouped_tile(spec, gpu, block_m, columns, depth, matrices)
         width = _bytes(spec, scheme)
         found.append((tile, _Sizes(columns=columns, depth=depth, matrices=matrices, width=width)))
     return found
@@ -133,7 +153,13 @@ def _bytes(spec: KernelSpec, scheme: Scheme | None) -> float:
 
 
 def _product_cost(
-    spec: KernelSpec, gpu: Gpu, active: int, tile: Tile, sizes: _Sizes, tiles: Any
+    spec: KernelSpec,
+    gpu: Gpu,
+    active: int,
+    tile: Tile,
+    sizes: _Sizes,
+    tiles: Any,
+    persistent: bool,
 ) -> Any:
     matrix = sizes.columns * sizes.depth * sizes.matrices * sizes.width
     memory = expected_experts(T, active, spec.experts) * matrix / gpu.bandwidth
@@ -142,6 +168,7 @@ def _product_cost(
     flops = 2 * tile.m * tile.n * sizes.matrices * sizes.depth
     slow = tile.m == 1 or spec.dtype == torch.float32
     rate = gpu.float32_rate if slow else gpu.product_rate
-    seconds = reads / (L2_OVER_MEMORY * gpu.bandwidth) + flops / rate
+    both = reads / (L2_OVER_MEMORY * gpu.bandwidth), flops / rate
     waves = sympy.ceiling(tiles * -(-sizes.columns // tile.n) / gpu.sms)
-    return memory + waves * seconds * gpu.sms
+    seconds = sum(both) + (waves - 1) * (max(both) if persistent else sum(both))
+    return memory + seconds * gpu.sms

@@ -6,6 +6,8 @@ Two algorithms, chosen per call from T and K by their cost (`triton_costs`):
                few tokens: bound by reading weights, one row at a time
     grouped    route -> grouped_gate_up -> grouped_down -> reduce_terms
                rows sorted by expert, tensor cores
+    persistent route -> persistent_gate_up -> persistent_down -> reduce_terms
+               the same for many tiles: a program for each SM, copies by tensor descriptor
 
 The kernels are ordinary files in `codegen/kernels`; `triton_launches` says what is baked into them.
 T and K are not: a call compiles at most once per tile height.
@@ -16,14 +18,16 @@ height, add in different orders. Importing this module does not import triton.
 """
 
 import inspect
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from moecc.codegen.gpus import gpu_of
+from moecc.codegen.gpus import Gpu, gpu_of
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.codegen.triton_costs import MAX_ROUTE, ROUTE_CHUNK, Plan, choose_plan
+from moecc.codegen.triton_descriptors import ALIGNMENT, are_aligned, view_weights
 from moecc.codegen.triton_inputs import Inputs, check_inputs
 from moecc.codegen.triton_launches import CHOICES, Launches, plan_launches
 from moecc.codegen.triton_tiles import power_of_two
@@ -80,36 +84,89 @@ def run_routing(
     return order, tiles
 
 
-def run_grouped(launches: Launches, x: Inputs, out: torch.Tensor, block_m: int) -> None:
-    """Run the grouped kernels with tiles of `block_m` rows."""
-    spec, grouped, (tokens, active) = launches.spec, launches.grouped[block_m], x.ids.shape
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sorted:
+    """What both products of a call share: the sorted rows, and where results go."""
+
+    order: torch.Tensor
+    tiles: torch.Tensor
+    inner: torch.Tensor
+    terms: torch.Tensor
+
+
+def run_grouped(
+    launches: Launches, x: Inputs, out: torch.Tensor, block_m: int, *, persistent: bool = False
+) -> None:
+    """Run the grouped kernels with tiles of `block_m` rows, or the persistent ones."""
+    spec, (tokens, active) = launches.spec, x.ids.shape
     order, tiles = run_routing(launches, x.ids, block_m, x.slots)
-    assignments, num_tiles = tokens * active, len(tiles)
-    inner = x.hidden.new_empty(assignments, spec.intermediate, dtype=spec.dtype)
-    terms = x.hidden.new_empty(assignments, spec.hidden, dtype=spec.dtype)
-    grid = (num_tiles * _blocks(spec.intermediate, grouped.gate_up.constants["BLOCK_N"]),)
-    tensors = (x.hidden, x.gate_up, x.up, x.gate_up_bias, x.learned, x.slots, order, tiles, inner)
-    grouped.gate_up(grid, *tensors, active, num_tiles, MATRIX=x.gate_up.stride(0))
-    grid = (num_tiles * _blocks(spec.hidden, grouped.down.constants["BLOCK_N"]),)
-    tensors = (inner, x.down, x.down_bias, x.slots, x.weights, order, tiles, terms)
-    grouped.down(grid, *tensors, num_tiles, DOWN_MATRIX=x.down.stride(0))
+    rows = Sorted(
+        order=order,
+        tiles=tiles,
+        inner=x.hidden.new_empty(tokens * active, spec.intermediate, dtype=spec.dtype),
+        terms=x.hidden.new_empty(tokens * active, spec.hidden, dtype=spec.dtype),
+    )
+    if persistent:
+        run_persistent_products(launches, x, rows)
+    else:
+        run_grouped_products(launches, x, rows, block_m)
     grid = (tokens, _blocks(spec.hidden, launches.reduce_terms.constants["BLOCK"]))
-    tensors = (terms, x.ids, x.slots, x.shared, x.shared_scale, out)
+    tensors = (rows.terms, x.ids, x.slots, x.shared, x.shared_scale, out)
     launches.reduce_terms(grid, *tensors, active, **_choices(active))
 
 
-def run_into(launches: Launches, plan: Plan | None, x: Inputs, out: torch.Tensor) -> None:
-    """Run a plan, or the one that costs least; with slots, out is added onto."""
-    check_inputs(launches.spec, x)
+def run_grouped_products(launches: Launches, x: Inputs, rows: Sorted, block_m: int) -> None:
+    """Run both products, a program for each tile."""
+    spec, grouped, num_tiles = launches.spec, launches.grouped[block_m], len(rows.tiles)
+    grid = (num_tiles * _blocks(spec.intermediate, grouped.gate_up.constants["BLOCK_N"]),)
+    tensors = (x.hidden, x.gate_up, x.up, x.gate_up_bias, x.learned, x.slots, rows.order)
+    sizes = (x.ids.shape[1], num_tiles)
+    grouped.gate_up(grid, *tensors, rows.tiles, rows.inner, *sizes, MATRIX=x.gate_up.stride(0))
+    grid = (num_tiles * _blocks(spec.hidden, grouped.down.constants["BLOCK_N"]),)
+    tensors = (rows.inner, x.down, x.down_bias, x.slots, x.weights, rows.order, rows.tiles)
+    grouped.down(grid, *tensors, rows.terms, num_tiles, DOWN_MATRIX=x.down.stride(0))
+
+
+def run_persistent_products(launches: Launches, x: Inputs, rows: Sorted) -> None:
+    """Run both products, a program on each SM."""
+    persistent, grid, num_tiles = launches.persistent, (launches.gpu.sms,), len(rows.tiles)
+    assert persistent, "run_into refuses the plan"
+    gate_up, down = view_weights(launches.spec, x)
+    tensors = (x.hidden, gate_up, x.gate_up_bias, x.learned, x.slots, rows.order, rows.tiles)
+    persistent.gate_up(grid, *tensors, rows.inner, x.ids.shape[1], num_tiles)
+    tensors = (rows.inner, down, x.down_bias, x.slots, x.weights, rows.order, rows.tiles)
+    persistent.down(grid, *tensors, rows.terms, num_tiles)
+
+
+@cache
+def _launches_on(gpu: Gpu, spec: KernelSpec) -> Launches:
+    return plan_launches(spec, gpu)
+
+
+def run_into(spec: KernelSpec, plan: Plan | None, x: Inputs, out: torch.Tensor) -> None:
+    """Run a plan, or the one that costs least; with slots, out is added onto.
+
+    Raises `InputError` for tensors that do not fit the spec, or not a persistent plan.
+    """
+    check_inputs(spec, x)
     tokens, active = x.ids.shape
     if tokens * active == 0:
         return
-    plan = plan or choose_plan(launches.spec, gpu_of(out.device), tokens, active)
+    gpu = gpu_of(out.device)
+    launches = _launches_on(gpu, spec)
+    aligned = are_aligned(x)
+    plan = plan or choose_plan(spec, gpu, tokens, active, aligned=aligned)
+    if plan.persistent and not (launches.persistent and aligned):
+        raise InputError(
+            f"{spec.key!r} on {gpu.name} has no persistent kernels for these tensors: they need "
+            "tensor descriptors, half-precision weights, gate and up in one tensor, and rows of a "
+            f"multiple of {ALIGNMENT} bytes; pass another plan, or none"
+        )
     with torch.cuda.device_of(out):  # Triton launches on the current device
         if plan.block_m is None:
             run_decode(launches, x, out)
         else:
-            run_grouped(launches, x, out, plan.block_m)
+            run_grouped(launches, x, out, plan.block_m, persistent=plan.persistent)
 
 
 def make_inputs(*tensors: torch.Tensor | None, **others: torch.Tensor | None) -> Inputs:
@@ -134,7 +191,7 @@ def make_inputs(*tensors: torch.Tensor | None, **others: torch.Tensor | None) ->
 
 
 def run_experts(
-    launches: Launches,
+    spec: KernelSpec,
     plan: Plan | None,
     *tensors: torch.Tensor | None,
     shared: torch.Tensor | None = None,
@@ -145,12 +202,12 @@ def run_experts(
     if not x.ids.numel():
         return add_shared(torch.zeros_like(x.hidden), shared, shared_scale)
     out = torch.empty_like(x.hidden)
-    run_into(launches, plan, x, out)
+    run_into(spec, plan, x, out)
     return out
 
 
 def add_experts(
-    launches: Launches,
+    spec: KernelSpec,
     plan: Plan | None,
     onto: torch.Tensor,
     slots: torch.Tensor,
@@ -164,7 +221,7 @@ def add_experts(
         raise InputError(
             f"onto is {onto.dtype} with strides {onto.stride()}; it has to be contiguous float32"
         )
-    run_into(launches, plan, make_inputs(*tensors, slots=slots.to(onto.device)), onto)
+    run_into(spec, plan, make_inputs(*tensors, slots=slots.to(onto.device)), onto)
 
 
 def emit(spec: KernelSpec, plan: Plan | None = None) -> Kernel:
@@ -186,5 +243,5 @@ def emit(spec: KernelSpec, plan: Plan | None = None) -> Kernel:
     source = "\n\n".join(
         [launches.activation, *(inspect.getsource(module) for module in modules if module)]
     )
-    run, add = partial(run_experts, launches, plan), partial(add_experts, launches, plan)
+    run, add = partial(run_experts, spec, plan), partial(add_experts, spec, plan)
     return Kernel(spec=spec, emitter="triton", run=run, add=add, source=source)

@@ -8,16 +8,27 @@ Nothing is compiled here; triton is imported when `plan_launches` is called.
 import hashlib
 import linecache
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from moecc.codegen.activation import Expr, render
+from moecc.codegen.gpus import GPUS, Gpu
 from moecc.codegen.spec import KernelSpec
-from moecc.codegen.triton_costs import MAX_ROUTE, ROUTE_CHUNK
+from moecc.codegen.triton_costs import MAX_ROUTE, ROUTE_CHUNK, Plan
+from moecc.codegen.triton_descriptors import describe_tensor, persistent_blocks
 from moecc.codegen.triton_packed import describe
-from moecc.codegen.triton_tiles import Tile, block_ms, decode_tile, grouped_tile, power_of_two
+from moecc.codegen.triton_tiles import (
+    PERSISTENT_M,
+    Tile,
+    block_ms,
+    can_persist,
+    decode_tile,
+    grouped_tile,
+    persistent_tile,
+    power_of_two,
+)
 from moecc.runtime.errors import UnsupportedSpec
 
 SCAN_BLOCK = 1024
@@ -95,18 +106,32 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread, if the assembler is told."""
+    descriptors: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """The tensors that are read by descriptor, and the blocks in which they are."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Give what triton's compiler takes beside the source."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
     def __str__(self) -> str:
         """Print as in reports: `grouped_down 64x128x64`."""
         blocks = [
             str(self.constants[b]) for b in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if b in self.constants
         ]
-        return f"{self.kernel.__name__} {'x'.join(blocks)}".strip()
+        swapped = " swapped" if self.constants.get("SWAPPED") else ""
+        return f"{self.kernel.__name__} {'x'.join(blocks)}".strip() + swapped
 
     def __call__(self, grid: tuple[int, ...], *arguments: object, **constants: int) -> None:
         """Run on the current device and stream; `constants` stand in for those of the plan."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        self.kernel[grid](*arguments, **{**self.constants, **constants}, **options)
+        given = list(arguments)
+        for name, block in self.descriptors.items():
+            number = self.kernel.arg_names.index(name)
+            given[number] = describe_tensor(given[number], block)
+        self.kernel[grid](*given, **{**self.constants, **constants}, **self.options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +146,10 @@ class GroupedLaunches:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launches:
-    """Every kernel that a spec may run."""
+    """Every kernel that a spec may run on a GPU."""
 
     spec: KernelSpec
+    gpu: Gpu
     activation: str
     """Source of the emitted module."""
     decode_gate_up: Launch
@@ -133,12 +159,15 @@ class Launches:
     reduce_terms: Launch
     grouped: Mapping[int, GroupedLaunches]
     """By tile height."""
+    persistent: GroupedLaunches | None
+    """For many tiles, where the GPU and the weights allow."""
 
-    def of(self, block_m: int | None, assignments: int) -> list[Launch]:
-        """List what runs, in its order, with tiles of this height, or None for decode."""
-        if block_m is None:
+    def of(self, plan: Plan, assignments: int) -> list[Launch]:
+        """List what a plan runs, in its order."""
+        if plan.block_m is None:
             return [self.decode_gate_up, self.decode_down]
-        grouped = self.grouped[block_m]
+        grouped = self.persistent if plan.persistent else self.grouped[plan.block_m]
+        assert grouped
         chunked = [self.count_experts, self.scan_chunks, grouped.place_chunks]
         routing = [grouped.route] if assignments <= MAX_ROUTE else chunked
         return [*routing, grouped.gate_up, grouped.down, self.reduce_terms]
@@ -146,7 +175,8 @@ class Launches:
     def helpers(self) -> list[Any]:
         """List a function of each module that the kernels call."""
         packed = [import_kernel("load_packed", "low_bit")] if self.spec.schemes else []
-        return [import_kernel("locate", "choices"), import_kernel("add_shared", "shared"), *packed]
+        modules = (("locate", "choices"), ("load_tile", "tiles"), ("add_shared", "shared"))
+        return [*(import_kernel(*one) for one in modules), *packed]
 
     def every(self) -> list[Launch]:
         """List the kernels, those that differ only in tile height one after the other."""
@@ -155,6 +185,8 @@ class Launches:
             getattr(by_height, part) for part in parts for by_height in self.grouped.values()
         ]
         rest = (self.count_experts, self.scan_chunks, self.reduce_terms)
+        if self.persistent:
+            grouped += [self.persistent.gate_up, self.persistent.down]
         return [self.decode_gate_up, self.decode_down, *rest, *grouped]
 
 
@@ -166,8 +198,8 @@ def import_kernel(name: str, module: str | None = None) -> Any:
         raise UnsupportedSpec(f"triton cannot be imported ({error}): pip install triton") from error
 
 
-def plan_launches(spec: KernelSpec) -> Launches:
-    """Bake every kernel that the spec may run; compiles nothing.
+def plan_launches(spec: KernelSpec, gpu: Gpu = GPUS["sm_90"]) -> Launches:
+    """Bake every kernel that the spec may run on a GPU; compiles nothing.
 
     Raises `UnsupportedSpec` where triton cannot be imported, and for schemes that kernels lack.
     """
@@ -194,6 +226,11 @@ def plan_launches(spec: KernelSpec) -> Launches:
         "CHOICES": CHOICES,
         "ACTIVATION": load_activation(source),
         "BLOCK_E": max(power_of_two(spec.experts), 32),
+        "GATHERED": gpu.gathers,
+        # Warps that only store have 168 registers: too few for biases of gates and ups. Halves of
+        # transposed weights come through registers, which takes warps that are not there.
+        "SPECIALIZED": gpu.tensor_memory and not (spec.bias or spec.learned or spec.transposed),
+        "DOWN_SPECIALIZED": gpu.tensor_memory,
     }
 
     def bake(kernel: Any, num_warps: int = 4, num_stages: int = 3, **blocks: int) -> Launch:
@@ -206,31 +243,45 @@ def plan_launches(spec: KernelSpec) -> Launches:
         )
 
     def bake_tile(name: str, tile: Tile) -> Launch:
-        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-        return bake(import_kernel(name), tile.num_warps, tile.num_stages, **blocks)
+        blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "SWAPPED": tile.swapped}
+        launch = bake(import_kernel(name), tile.num_warps, tile.num_stages, **blocks)
+        return replace(launch, max_registers=tile.max_registers)
+
+    def bake_persistent() -> GroupedLaunches:
+        first = persistent_tile(gpu, inner, hidden, products)
+        second = persistent_tile(gpu, hidden, inner, 1)
+        gate_up, down = persistent_blocks(spec, gpu, first, second)
+        return replace(
+            grouped[PERSISTENT_M],
+            gate_up=replace(bake_tile("persistent_gate_up", first), descriptors=gate_up),
+            down=replace(bake_tile("persistent_down", second), descriptors=down),
+        )
 
     def bake_routing(name: str, module: str, num_warps: int, **blocks: int) -> Launch:
         return bake(import_kernel(name, module), num_warps, BLOCK=ROUTE_CHUNK, **blocks)
 
     first = decode_tile(inner, hidden, spec.transposed, schemes and schemes.first)
     second = decode_tile(hidden, inner, spec.down_transposed, schemes and schemes.second)
+    grouped = {
+        m: GroupedLaunches(
+            route=bake_routing("route", "routing", 8, BLOCK_M=m),
+            place_chunks=bake_routing("place_chunks", "routing_chunked", 8, BLOCK_M=m),
+            gate_up=bake_tile(
+                "grouped_gate_up", grouped_tile(spec, gpu, m, inner, hidden, products)
+            ),
+            down=bake_tile("grouped_down", grouped_tile(spec, gpu, m, hidden, inner, 1)),
+        )
+        for m in block_ms(spec)
+    }
     return Launches(
         spec=spec,
+        gpu=gpu,
         activation=source,
         decode_gate_up=bake_tile("decode_gate_up", first),
         decode_down=bake_tile("decode_down", second),
         count_experts=bake_routing("count_experts", "routing_chunked", 4),
         scan_chunks=bake(import_kernel("scan_chunks", "routing_chunked"), BLOCK=SCAN_BLOCK),
         reduce_terms=bake(reduce_terms, BLOCK=min(REDUCE_BLOCK, power_of_two(hidden))),
-        grouped={
-            m: GroupedLaunches(
-                route=bake_routing("route", "routing", 8, BLOCK_M=m),
-                place_chunks=bake_routing("place_chunks", "routing_chunked", 8, BLOCK_M=m),
-                gate_up=bake_tile(
-                    "grouped_gate_up", grouped_tile(spec, m, inner, hidden, products)
-                ),
-                down=bake_tile("grouped_down", grouped_tile(spec, m, hidden, inner, 1)),
-            )
-            for m in block_ms(spec)
-        },
+        grouped=grouped,
+        persistent=bake_persistent() if can_persist(spec, gpu) else None,
     )

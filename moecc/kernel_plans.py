@@ -93,7 +93,7 @@ def _plan(
     tokens: Sequence[int],
     paths: list[str],
 ) -> KernelPlans:
-    launches = plan_launches(spec)
+    launches = plan_launches(spec, device)
     chosen: list[Chosen] = []
     compiled: dict[str, aot.Resources] = {}
     before: list[Launch] = []
@@ -102,7 +102,7 @@ def _plan(
         compiled[str(before[0])] = aot.compile_router(router, before[0], device.name)
     for count in tokens:
         plan = choose_plan(spec, device, count, active)
-        run = [*before, *launches.of(plan.block_m, count * active)]
+        run = [*before, *launches.of(plan, count * active)]
         for launch in run:
             if str(launch) not in compiled:
                 compiled[str(launch)] = aot.compile_kernel(spec, launch, device.name)

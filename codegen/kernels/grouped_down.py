@@ -9,6 +9,33 @@ import triton.language as tl
 
 from moecc.codegen.kernels.choices import locate
 from moecc.codegen.kernels.low_bit import load_packed
+from moecc.codegen.kernels.tiles import load_tile, multiply
+
+
+@triton.jit
+def store_terms(
+    out,  # [M, N] float32
+    expert,
+    n,
+    position,
+    end,
+    bias_ptr,
+    weights_ptr,
+    order_ptr,
+    terms_ptr,
+    HIDDEN: tl.constexpr,
+):
+    """Add biases, scale by routing weights and store columns n of the rows before `end`."""
+    in_rows, in_n = position < end, n < HIDDEN
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * HIDDEN + n
+        out += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    assignment = tl.load(order_ptr + position, mask=in_rows, other=0)
+    weight = tl.load(weights_ptr + assignment, mask=in_rows, other=0.0).to(tl.float32)
+    out *= weight[:, None]
+    out_ptrs = terms_ptr + assignment.to(tl.int64)[:, None] * HIDDEN + n[None, :]
+    mask = in_rows[:, None] & in_n[None, :]
+    tl.store(out_ptrs, out.to(terms_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -30,6 +57,7 @@ def grouped_down(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of terms
     BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,  # see multiply
 ):
     """Compute one BLOCK_M x BLOCK_N tile of terms."""
     NUM_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -38,22 +66,21 @@ def grouped_down(
 
     program = tl.program_id(0)
     tile, column = tl.swizzle2d(program // NUM_N, program % NUM_N, num_tiles, NUM_N, 8)
-    expert = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    expert, first, end = load_tile(tiles_ptr, tile)
     if expert < 0:
         return
-    first = tl.load(tiles_ptr + 3 * tile + 1)
-    end = tl.load(tiles_ptr + 3 * tile + 2)
 
     position = first + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + k[None, :]
-    slot, _ = locate(slots_ptr, expert, True)
+    slot, _ = locate(slots_ptr, expert.to(tl.int64), True)
     weight_ptr += slot * DOWN_MATRIX
     w_ptrs = weight_ptr + n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
     in_rows, in_n = position < end, n < HIDDEN
 
-    out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    SHAPE: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N)
+    out = tl.zeros(SHAPE, dtype=tl.float32)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         x_mask, w_mask = in_rows[:, None], in_n[None, :]
         if INTERMEDIATE % BLOCK_K != 0:
@@ -64,16 +91,10 @@ def grouped_down(
             w = tl.load(w_ptrs, mask=w_mask, other=0.0)
         else:
             w = load_packed(weight_ptr, n, start, DOWN_PACKED, BLOCK_K).to(x.dtype)
-        out = tl.dot(x, w, out, input_precision="ieee")
+        out = multiply(x, w, out, SWAPPED)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * STRIDE_K
 
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * HIDDEN + n, mask=in_n, other=0.0)
-        out += bias.to(tl.float32)[None, :]
-    assignment = tl.load(order_ptr + position, mask=in_rows, other=0)
-    weight = tl.load(weights_ptr + assignment, mask=in_rows, other=0.0).to(tl.float32)
-    out *= weight[:, None]
-    out_ptrs = terms_ptr + assignment.to(tl.int64)[:, None] * HIDDEN + n[None, :]
-    mask = in_rows[:, None] & in_n[None, :]
-    tl.store(out_ptrs, out.to(terms_ptr.dtype.element_ty), mask=mask)
+    if SWAPPED:
+        out = tl.trans(out)
+    store_terms(out, expert, n, position, end, bias_ptr, weights_ptr, order_ptr, terms_ptr, HIDDEN)

@@ -10,6 +10,43 @@ import triton.language as tl
 
 from moecc.codegen.kernels.choices import locate
 from moecc.codegen.kernels.low_bit import load_packed
+from moecc.codegen.kernels.tiles import load_tile, multiply
+
+
+@triton.jit
+def store_inner(
+    gate,  # [M, N] float32
+    up,
+    expert,
+    n,
+    position,
+    end,
+    bias_ptr,
+    learned_ptr,
+    inner_ptr,
+    INTERMEDIATE: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Add biases, activate and store columns n of the rows before `end`."""
+    in_n = n < INTERMEDIATE
+    if bias_ptr is not None:
+        OUTPUTS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+        STEP: tl.constexpr = 2 if GATED and INTERLEAVED else 1
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * OUTPUTS + n * STEP
+        gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            bias_ptrs += 1 if INTERLEAVED else INTERMEDIATE
+            up += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    learned = 1.0
+    if learned_ptr is not None:
+        learned_ptrs = learned_ptr + expert.to(tl.int64) * INTERMEDIATE + n
+        learned = tl.load(learned_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    inner = ACTIVATION(gate, up, learned)
+    out = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
+    mask = (position < end)[:, None] & in_n[None, :]
+    tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["active", "num_tiles"])
@@ -38,6 +75,7 @@ def grouped_gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of inner
     BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,  # see multiply
 ):
     """Compute one BLOCK_M x BLOCK_N tile of inner."""
     NUM_N: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
@@ -53,11 +91,9 @@ def grouped_gate_up(
     # Eight row tiles by all columns at a time: neighbours find their weights in L2.
     program = tl.program_id(0)
     tile, column = tl.swizzle2d(program // NUM_N, program % NUM_N, num_tiles, NUM_N, 8)
-    expert = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    expert, first, end = load_tile(tiles_ptr, tile)
     if expert < 0:
         return
-    first = tl.load(tiles_ptr + 3 * tile + 1)
-    end = tl.load(tiles_ptr + 3 * tile + 2)
 
     position = first + tl.arange(0, BLOCK_M)
     token = tl.load(order_ptr + position, mask=position < end, other=0) // active
@@ -65,7 +101,7 @@ def grouped_gate_up(
     k = tl.arange(0, BLOCK_K)
     x_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     offsets = n.to(tl.int64)[None, :] * STRIDE_N + k.to(tl.int64)[:, None] * STRIDE_K
-    slot, _ = locate(slots_ptr, expert, True)
+    slot, _ = locate(slots_ptr, expert.to(tl.int64), True)
     weight_ptr += slot * MATRIX
     if SPLIT:
         up_ptr += slot * MATRIX
@@ -73,8 +109,10 @@ def grouped_gate_up(
         up_ptr = weight_ptr + INTERMEDIATE * STRIDE_N
     in_rows, in_n = position < end, n < INTERMEDIATE * WIDTH
 
-    gate = tl.zeros((BLOCK_M, BLOCK_N * WIDTH), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N * WIDTH), dtype=tl.float32)
+    COLUMNS: tl.constexpr = BLOCK_N * WIDTH
+    SHAPE: tl.constexpr = (COLUMNS, BLOCK_M) if SWAPPED else (BLOCK_M, COLUMNS)
+    gate = tl.zeros(SHAPE, dtype=tl.float32)
+    up = tl.zeros(SHAPE, dtype=tl.float32)
     for start in range(0, HIDDEN, BLOCK_K):
         x_mask, w_mask = in_rows[:, None], in_n[None, :]
         if HIDDEN % BLOCK_K != 0:
@@ -85,32 +123,35 @@ def grouped_gate_up(
             w = tl.load(weight_ptr + offsets, mask=w_mask, other=0.0)
         else:
             w = load_packed(weight_ptr, n, start, PACKED, BLOCK_K).to(x.dtype)
-        gate = tl.dot(x, w, gate, input_precision="ieee")
+        gate = multiply(x, w, gate, SWAPPED)
         if HALVES:
             if PACKED is None:
                 w = tl.load(up_ptr + offsets, mask=w_mask, other=0.0)
             else:
                 w = load_packed(up_ptr, n, start, PACKED, BLOCK_K).to(x.dtype)
-            up = tl.dot(x, w, up, input_precision="ieee")
+            up = multiply(x, w, up, SWAPPED)
         x_ptrs += BLOCK_K
         if PACKED is None:
             weight_ptr += BLOCK_K * STRIDE_K
             up_ptr += BLOCK_K * STRIDE_K
 
-    if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert * OUTPUTS + n
-        gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
-        if HALVES:
-            bias = tl.load(bias_ptrs + INTERMEDIATE, mask=in_n, other=0.0)
-            up += bias.to(tl.float32)[None, :]
+    if SWAPPED:
+        gate, up = tl.trans(gate), tl.trans(up)
     if GATED and INTERLEAVED:
         gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    learned = 1.0
-    if learned_ptr is not None:
-        learned = tl.load(learned_ptr + expert * INTERMEDIATE + n, mask=n < INTERMEDIATE, other=0.0)
-        learned = learned.to(tl.float32)[None, :]
-    inner = ACTIVATION(gate, up, learned)
-    out = inner_ptr + position.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
-    mask = in_rows[:, None] & (n < INTERMEDIATE)[None, :]
-    tl.store(out, inner.to(inner_ptr.dtype.element_ty), mask=mask)
+    store_inner(
+        gate,
+        up,
+        expert,
+        n,
+        position,
+        end,
+        bias_ptr,
+        learned_ptr,
+        inner_ptr,
+        INTERMEDIATE,
+        GATED,
+        INTERLEAVED,
+        ACTIVATION,
+    )

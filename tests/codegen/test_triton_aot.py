@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from moecc.codegen import aot, triton_emitter
 from moecc.codegen.gpus import GPUS
 from moecc.codegen.triton_costs import plans
-from moecc.codegen.triton_launches import plan_launches
+from moecc.codegen.triton_launches import Launch, Launches, plan_launches
 from tests.codegen.triton_cases import (
     INPUT_MAJOR,
     RELU2,
@@ -25,7 +25,7 @@ from tests.codegen.triton_cases import (
 )
 from tests.codegen.triton_dry_run import dry_run
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 QWEN3 = make_spec(hidden=2048, intermediate=768, experts=128, dtype=torch.bfloat16)
 REAL = {
     "gpt-oss": dataclasses.replace(
@@ -63,7 +63,7 @@ REAL = {
 
 
 def check_machine_code(spec: KernelSpec, target: str) -> None:
-    launches = plan_launches(spec)
+    launches = plan_launches(spec, GPUS[target])
     # The tile height is only a number to these: one of them stands for all.
     heights = list(launches.grouped.values())
     same = {id(launch) for rest in heights[1:] for launch in (rest.route, rest.place_chunks)}
@@ -73,24 +73,27 @@ def check_machine_code(spec: KernelSpec, target: str) -> None:
         resources = aot.compile_kernel(spec, launch, target)
         assert resources.spilled == 0, resources
         assert resources.fits, resources
-        rows = launch.constants.get("BLOCK_M", 0)
-        if "grouped" in resources.kernel and spec.dtype != torch.float32:
-            tensor_cores = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-            if rows >= 64 and min(spec.hidden, spec.intermediate) >= 64:
-                assert tensor_cores[target] in resources.instructions, resources
-            else:
-                assert resources.instructions.keys() & {"HMMA", "HGMMA", "UTCHMMA"}, resources
+        if launch in products(launches) and spec.dtype != torch.float32:
+            sides = (launch.constants["BLOCK_M"], launch.constants["BLOCK_N"])
+            wide = GPUS[target].tensor_cores if max(sides) >= 64 else "HMMA"
+            assert wide in resources.instructions, resources
+            assert ("UTMALDG" in resources.instructions) == bool(launch.descriptors), resources
         if "decode" in resources.kernel and spec.hidden % 16 == 0:
             assert resources.instructions["LDG.128"] >= 2, resources
 
 
-@pytest.mark.parametrize("target", TARGETS)
+def products(launches: Launches) -> list[Launch]:
+    every = (*launches.grouped.values(), *filter(None, (launches.persistent,)))
+    return [launch for one in every for launch in (one.gate_up, one.down)]
+
+
+@pytest.mark.parametrize("target", TARGETS[:3])
 def test_a_second_pointer_spills_nothing_and_reads_as_widely(target: str) -> None:
     split = dataclasses.replace(QWEN3, split=True)
     for wide in ("LDG.128", "LDGSTS.128"):
         loads: list[int] = []
         for spec in (QWEN3, split):
-            launches = plan_launches(spec)
+            launches = plan_launches(spec, GPUS[target])
             decode = wide == "LDG.128"
             launch = launches.decode_gate_up if decode else launches.grouped[16].gate_up
             resources = aot.compile_kernel(spec, launch, target)

@@ -33,6 +33,23 @@ def test_the_histogram_is_expected_as_it_is(tokens: int, active: int, experts: i
 
 
 @pytest.mark.parametrize("name", GPUS)
+def test_a_long_prompt_is_persistent_where_tensors_are_read_by_descriptor(name: str) -> None:
+    for spec, active in ((QWEN3, 8), (MIXTRAL, 2)):
+        assert not choose_plan(spec, GPUS[name], 64, active).persistent
+        for tokens in (4096, 16384):
+            plan = choose_plan(spec, GPUS[name], tokens, active)
+            assert plan.persistent == GPUS[name].descriptors
+            assert not choose_plan(spec, GPUS[name], tokens, active, aligned=False).persistent
+
+
+def test_a_tile_alone_has_nothing_to_hide_its_reads_behind() -> None:
+    one_expert = make_spec(hidden=256, intermediate=256, experts=1, dtype=torch.bfloat16)
+    *_, tall, persistent = plans(one_expert, H100, 1)
+    assert persistent.seconds(100) > tall.seconds(100)
+    assert persistent.seconds(100_000) < tall.seconds(100_000)
+
+
+@pytest.mark.parametrize("name", GPUS)
 def test_a_token_decodes_and_a_prompt_is_grouped_in_tall_tiles(name: str) -> None:
     for spec, active in ((QWEN3, 8), (MIXTRAL, 2)):
         heights = [

@@ -14,8 +14,16 @@ from benchmarks.static_traffic import DECOMPOSITIONS, DEEPSEEK_V3, launches
 from moecc.codegen.gpus import GPUS
 
 COMPILED = ("sm_80", "sm_90", "sm_100")
+PERSISTENT = ("sm_90", "sm_100", "sm_120")
 KERNELS = {
-    "bf16": ("decode_gate_up", "decode_down", "grouped_gate_up 64", "grouped_down 16", "reduce"),
+    "bf16": (
+        "decode_gate_up",
+        "decode_down",
+        "grouped_gate_up 64",
+        "grouped_down 16",
+        "reduce",
+        "persistent_gate_up",
+    ),
     "int4": ("decode_gate_up", "grouped_gate_up 16", "grouped_down 128"),
     "fp8-b128": ("grouped_down 64",),
     "DeepSeek-V3's": ("choose_experts",),
@@ -41,7 +49,7 @@ def test_kernels_compile_to_what_was_recorded(
 ) -> None:
     known = {(row.name, row.target): row for row in rows(record)}
     compared = 0
-    for number, launch in enumerate(static_gpu.planned(weights)):
+    for number, launch in enumerate(static_gpu.planned(weights, target)):
         if str(launch).startswith(KERNELS[weights]):
             row = static_gpu.measure(weights, number, target)
             golden = known[row.name, target]
@@ -51,15 +59,16 @@ def test_kernels_compile_to_what_was_recorded(
             assert row.shared <= golden.shared, row
             assert row.async_copies >= golden.async_copies, row
             compared += 1
-    assert compared == len(KERNELS[weights])
+    missing = weights == "bf16" and target not in PERSISTENT
+    assert compared == len(KERNELS[weights]) - missing
 
 
 def test_the_record_has_every_kernel_on_every_target(record: dict[str, Any]) -> None:
     wanted = {
         (weights, str(launch), target)
         for weights in (*static_gpu.WEIGHTS, *static_gpu.ROUTERS)
-        for launch in static_gpu.planned(weights)
         for target in static_gpu.targets_of(weights)
+        for launch in static_gpu.planned(weights, target)
     }
     assert {(row.weights, row.kernel, row.target) for row in rows(record)} == wanted
 
@@ -73,11 +82,11 @@ def test_nothing_recorded_spills_and_everything_fits(record: dict[str, Any]) -> 
 
 def test_products_run_on_the_tensor_cores_of_their_target(record: dict[str, Any]) -> None:
     for row in rows(record):
-        if row.kernel.startswith("grouped"):
-            tall = int(row.kernel.split()[1].split("x")[0]) >= 64
-            assert row.products == (GPUS[row.target].tensor_cores if tall else row.products), row
+        if row.kernel.startswith(("grouped", "persistent")):
+            assert row.products == GPUS[row.target].tensor_cores, row
             assert row.product_count > 0, row
             assert row.async_copies > 0 or GPUS[row.target].is_amd, row
+            assert bool(row.descriptor_copies) == row.kernel.startswith("persistent"), row
         else:
             assert not row.products, row
         # A step of fp8 is half as long: 8 bytes a thread.
@@ -87,16 +96,16 @@ def test_products_run_on_the_tensor_cores_of_their_target(record: dict[str, Any]
 
 
 def test_products_are_level_with_the_peers_of_the_same_tile(record: dict[str, Any]) -> None:
-    """Registers and instructions of the loop are at most one in twenty above vLLM's kernels'."""
+    """Registers, shared memory and instructions of the loop are not above what is known of them.
+
+    But for a barrier of 8 bytes, and registers of int4: a step of ours has four times the weights.
+    """
     known = {(row.weights, row.kernel, row.target): row for row in rows(record)}
-    compared = 0
     for peer in PEERS:
-        if "vLLM" in peer.name:
-            row = known[peer.weights, peer.ours, peer.target]
-            assert row.loop <= 1.05 * peer.loop, peer
-            assert peer.weights != "bf16" or row.registers <= 1.05 * peer.registers, peer
-            compared += 1
-    assert compared >= 5
+        row = known[peer.weights, peer.ours, peer.target]
+        assert row.loop <= (peer.loop or row.loop), peer
+        assert row.shared <= (peer.shared or row.shared) + 8, peer
+        assert row.registers <= peer.registers or peer.weights == "int4", peer
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])

@@ -20,15 +20,17 @@ SIZES = {"hidden": 320, "intermediate": 200, "experts": 8, "dtype": torch.bfloat
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.mark.parametrize(("weights", "plans"), [("bf16", 6), ("int4", 5)])
 def test_the_benchmark_runs_and_its_numbers_are_those_of_the_definition(
-    monkeypatch: pytest.MonkeyPatch,
+    weights: str, plans: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "INPUTS", 1)
+    monkeypatch.setattr(gpu, "transformers_peers", lambda *_: ())
     shape = {"hidden": 32, "intermediate": 16, "experts": 4, "active": 2}
     with interpreted():
-        rows = gpu.measure(shape, "int4", 3, torch.device("cpu"), 1e9, 1e9, every=True)
-    assert len({row.contender for row in rows}) == 5
+        rows = gpu.measure(shape, weights, 3, torch.device("cpu"), 1e9, 1e9, every=True)
+    assert len({row.contender for row in rows}) == plans
     assert max(row.error for row in rows) < gpu.TOLERANCE
     assert all(row.microseconds > 0 for row in rows)
 

@@ -6,6 +6,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 import triton.language as tl  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from moecc.codegen import aot, triton_emitter  # noqa: E402
 from moecc.codegen.triton_launches import plan_launches  # noqa: E402
@@ -51,6 +52,21 @@ def test_a_dot_accumulates_in_float32(dtype: torch.dtype) -> None:
 def test_an_access_out_of_bounds_is_an_error() -> None:
     with interpreted(), pytest.raises(Exception, match="outside"):
         polynomial[(3,)](torch.zeros(256), torch.zeros(512, dtype=torch.bfloat16), 128)
+
+
+@triton.jit
+def copy_block(desc, out_ptr, N: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, N), tl.reshape(desc.load([0, 0]), (N,)))
+
+
+def test_a_descriptor_of_more_than_the_tensor_is_an_error() -> None:
+    x = torch.zeros(2, 16)
+    with interpreted():
+        copy_block[(1,)](TensorDescriptor(x, [2, 16], [16, 1], [2, 16]), torch.zeros(32), 32)
+        with pytest.raises(Exception, match="outside"):
+            copy_block[(1,)](
+                TensorDescriptor(x[:1], [2, 16], [16, 1], [2, 16]), torch.zeros(32), 32
+            )
 
 
 def test_a_race_between_programs_is_an_error() -> None:

@@ -37,5 +37,5 @@ def test_a_model_on_cuda_runs_triton_kernels_in_one_graph(
     assert found["misses"] == []
     assert found["launches"] == [
         *("decode_down", "decode_gate_up", "grouped_down", "grouped_gate_up"),
-        *("reduce_terms", "route"),
+        *("persistent_down", "persistent_gate_up", "reduce_terms", "route"),
     ]

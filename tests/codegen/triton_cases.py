@@ -10,6 +10,7 @@ from moecc.codegen.activation import GATE, LEARNED, UP, Expr, X, apply, constant
 from moecc.codegen.spec import KernelSpec
 from moecc.codegen.triton_inputs import Inputs
 from moecc.codegen.triton_launches import Launches
+from moecc.codegen.triton_tiles import PERSISTENT_M
 
 SWIGLU = apply("mul", apply("silu", GATE), UP)
 GEGLU = apply("mul", apply("gelu_tanh", GATE), UP)
@@ -102,6 +103,13 @@ def grouped(launches: Launches, x: Inputs, block_m: int = 16) -> torch.Tensor:
     """Run the grouped kernels whatever T is."""
     out = torch.full_like(x.hidden, math.nan)
     triton_emitter.run_grouped(launches, x, out, block_m)
+    return out
+
+
+def persistent(launches: Launches, x: Inputs) -> torch.Tensor:
+    """Run the persistent kernels whatever T is."""
+    out = torch.full_like(x.hidden, math.nan)
+    triton_emitter.run_grouped(launches, x, out, PERSISTENT_M, persistent=True)
     return out
 
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @contextlib.contextmanager
@@ -38,7 +39,8 @@ def interpreted() -> Iterator[None]:
         return functions.setdefault(function.fn, InterpretedFunction(function.fn))
 
     def launch(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
+        given = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in args]
+        tensors = [arg for arg in (*given, *kwargs.values()) if isinstance(arg, torch.Tensor)]
         with Memory(tensors).watched(), np.errstate(all="ignore"):
             interpret(function).run(*args, grid=grid, warmup=warmup, **kwargs)
 
@@ -125,10 +127,10 @@ class Memory:
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
         def checked_load(
-            builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any
+            builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any
         ) -> TensorHandle:
             self.check(builder, pointers, mask, "load")
-            return load(builder, pointers, mask, other, *rest)
+            return load(builder, pointers, mask, other, *rest, **options)
 
         def checked_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
             addresses = self.check(builder, pointers, mask, "store")
@@ -148,7 +150,8 @@ class Memory:
 
     def check(self, builder: Any, pointers: Any, mask: Any, kind: str) -> np.ndarray:
         """Return the addresses that the mask lets through; raises `IndexError` outside."""
-        addresses, lanes = np.broadcast_arrays(pointers.data, mask.data.astype(bool))
+        lanes = mask.data if isinstance(mask, TensorHandle) else mask  # descriptors: an array
+        addresses, lanes = np.broadcast_arrays(pointers.data, lanes.astype(bool))
         addresses = addresses[lanes]
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         span = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
