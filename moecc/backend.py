@@ -67,6 +67,7 @@ _READERS = (
     torch.ops.moecc.experts.default,
     torch.ops.moecc.experts.apart,
     torch.ops.moecc.prefetch.default,
+    torch.ops.moecc.recall.default,
 )
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 TRY = 16
 """Steps of a short turn. The first of any turn is not counted: the turn before filled the cache."""
-LEAST, MOST = 64, 512
+LEAST, MOST = 128, 512
 """Steps of a long one."""
+MARGIN = 1.02
+"""How much longer steps with guesses may seem to take: two means of 16 differ by chance."""
 MOST_TOKENS = 8
 """Tokens of a call for which guesses are made: decoding, or checking a few drafted tokens."""
 
@@ -26,6 +28,8 @@ class Trial:
     clock: Callable[[], float] = time.perf_counter
     """Seconds; a simulator has its own."""
     on: bool = True
+    waited: float = 0.0
+    """Seconds in which blocks waited for experts: the link was busy with what they asked for."""
     seconds: dict[bool, float] = field(default_factory=dict[bool, float])
     """Of a step with guesses (True) and without: what the latest turn had counts half."""
     _best: bool | None = None
@@ -54,7 +58,7 @@ class Trial:
         if self._is_long or len(self.seconds) == 1:
             self.on, self._left, self._is_long = not self.on, TRY, False
             return
-        best = self.seconds[True] <= self.seconds[False]
+        best = self.seconds[True] <= MARGIN * self.seconds[False]
         self._stay = min(2 * self._stay, MOST) if best is self._best else LEAST
         self._best = best
         self.on, self._left, self._is_long = best, self._stay, True
