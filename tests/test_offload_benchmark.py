@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import offload
+from benchmarks import offload, offload_sweep
+from moecc.runtime.offload import profile as profiles
 
 ARGUMENTS = """
     --inner eager --widen 1 --new-tokens 6 --rounds 2 --memory 50%
@@ -41,3 +42,27 @@ def test_tables_plots_and_timeline(
     spans = [event for event in events if event["ph"] == "X"]
     assert all(span["dur"] >= 0 <= span["ts"] for span in spans)
     assert sum(span["name"].startswith("block ") for span in spans) >= 6 * 6
+
+
+def test_a_link_as_slow_as_a_gpus_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = "--inner eager --widen 1 --new-tokens 4 --memory 50% --folder . --json out.json"
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments.split(), "--models", "Qwen1.5-MoE-A2.7B"])
+    offload_sweep.main()
+    cells = json.loads(Path("out.json").read_text())["results"]
+    assert [cell["contender"] for cell in cells] == list(offload_sweep.CONTENDERS)
+    assert all(cell["same_tokens"] for cell in cells)
+    rates = {cell["contender"]: cell["tokens_per_second"] for cell in cells}
+    assert rates["no cache"] < rates["lru"]  # nothing but bytes counts behind such a link
+    assert cells[-1]["over_on_demand"] == pytest.approx(rates["lfu + prefetch"] / rates["lfu"])
+    assert "copying takes" in capsys.readouterr().out
+
+
+def test_ratios_are_those_of_published_shapes() -> None:
+    gpu = profiles.read(offload_sweep.GPU)
+    mixtral, *_ = offload_sweep.MODELS
+    seconds = 32 * 2 * 3 * 4096 * 14336 * 2 / 16e9  # two experts of 352 MB in 32 layers
+    computed = 12.9e9 * 2 / gpu.compute.bandwidth
+    assert 0.8 * seconds / computed < mixtral.ratio(gpu) < seconds / computed

@@ -60,11 +60,8 @@ class Link:
 
     def promote(self, load: Load) -> None:
         """Let a load overtake those that are only predicted."""
-        state = self._state
-        with state.lock:
-            if load.priority > DEMAND:
-                load.priority = DEMAND
-                state.changed.notify_all()  # a single reader was at it
+        with self._state.lock:
+            load.priority = DEMAND
 
     def wait(self, load: Load) -> None:
         """Wait until a load is done; somebody needs it, so it overtakes predictions.

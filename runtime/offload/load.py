@@ -8,8 +8,8 @@ import torch
 
 from moecc.runtime.offload.store import Read, Store
 
-CHUNK = 1 << 19
-"""Bytes of one read: at 1 GB/s a demand waits for half a millisecond of what is only predicted."""
+CHUNK = 1 << 20
+"""Bytes of one read: at 1 GB/s a demand waits at most a millisecond for each reader."""
 DEMAND = 0
 """The priority of what somebody waits for; predictions have larger numbers."""
 

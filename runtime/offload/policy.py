@@ -18,8 +18,7 @@ Key = tuple[int, int]
 """A block's number and an expert's."""
 
 FADE = 0.97
-"""What a use counts after a request of the same block: half after 23. On the shipped model's text
-0.95 to 0.99 hit alike, and what is fitted to frequencies, recency and scores hits no more."""
+"""What a use counts after a request of the same block: half after 23 (`docs/decisions/0025`)."""
 
 
 @dataclass(slots=True)
@@ -88,5 +87,4 @@ def belady(future: Mapping[Key, list[int]]) -> Policy:
 POLICIES: Mapping[str, Policy] = {"lru": lru, "lfu": lfu, "lookahead": lookahead}
 """What the option `policy` names."""
 AUTO = "lfu"
-"""What its `auto` is: on the shipped model's text, 4,096 tokens, its hits at 25 % and 50 % of the
-experts are 52.8 % and 78.4 %, of lru 46.5 % and 73.9 %, of Belady 63.9 % and 87.2 %."""
+"""What its `auto` is: `python -m benchmarks.routing` compares hits."""

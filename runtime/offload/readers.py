@@ -2,7 +2,7 @@
 
 Before each chunk a thread takes the load of highest priority, so that an expert that somebody waits
 for overtakes those that are only predicted, and a load that nobody wants any more stops within a
-chunk. One thread at most reads what is only predicted, so that a demand finds the others free.
+chunk.
 """
 
 import threading
@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 from moecc.runtime.errors import StoreError
-from moecc.runtime.offload.load import DEMAND, Chunk, Load
+from moecc.runtime.offload.load import Chunk, Load
 from moecc.runtime.offload.store import Files
 
 
@@ -86,21 +86,12 @@ def _take(state: State) -> tuple[Load, Chunk] | None:
     """Wait for a chunk to read and give it with its load; None when the link is closed."""
     with state.changed:
         while not state.closed:
-            load = None if state.paused else _next(state.loads)
+            waiting = (load for load in state.loads if load.waits and not state.paused)
+            load = min(waiting, key=lambda load: load.priority, default=None)
             if load is not None:
                 return load, load.take()
             state.changed.wait()
     return None
-
-
-def _next(loads: list[Load]) -> Load | None:
-    """Say which load to read on with."""
-    waiting = (load for load in loads if load.waits)
-    load = min(waiting, key=lambda load: load.priority, default=None)
-    if load is None or load.priority == DEMAND:
-        return load
-    at_these = any(other.active and other.priority > DEMAND for other in loads)
-    return None if at_these else load
 
 
 def _enter(state: State, length: int) -> float:

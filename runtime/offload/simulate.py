@@ -219,7 +219,7 @@ class _Run:
         def submit(admitted: list[Admission]) -> None:
             for one in admitted:
                 if one.hit and one.key in pool.loads:
-                    self.link.promote(pool.loads[one.key])
+                    pool.loads[one.key].priority = DEMAND
             self._load(pool, admitted, DEMAND)
 
         for admitted in serve(pool.cache, request, submit):

@@ -1,7 +1,6 @@
 """Move bytes in simulated time, as `Link` and its readers do: chunks, priorities, shared bandwidth.
 
-A few readers each take the next chunk of the load of highest priority, and one at most of what is
-only predicted. One read alone gets the
+A few readers each take the next chunk of the load of highest priority. One read alone gets the
 speed of a stream; several share the link's bandwidth.
 """
 
@@ -84,11 +83,6 @@ class SimulatedLink:
         self._take()
         return transfer
 
-    def promote(self, transfer: Transfer) -> None:
-        """Let a load overtake those that are only predicted."""
-        transfer.priority = DEMAND
-        self._take()
-
     def stop(self, transfer: Transfer) -> None:
         """Begin no more chunks of a load."""
         transfer.left = 0
@@ -100,7 +94,7 @@ class SimulatedLink:
 
     def wait(self, transfer: Transfer) -> None:
         """Let time pass until a load is done; it overtakes those that are only predicted."""
-        self.promote(transfer)
+        transfer.priority = DEMAND
         while not transfer.done:
             self._pass(self._next())
 
@@ -139,12 +133,9 @@ class SimulatedLink:
         """Let readers take chunks: of the highest priority first, and of these the oldest."""
         while len(self._reading) < READERS:
             self._waiting = [one for one in self._waiting if one.left]
-            transfer = min(self._waiting, key=lambda one: one.priority, default=None)
-            if transfer is None:
+            if not self._waiting:
                 return
-            predicted = any(chunk.transfer.priority > DEMAND for chunk in self._reading)
-            if transfer.priority > DEMAND and predicted:
-                return
+            transfer = min(self._waiting, key=lambda one: one.priority)
             size = min(CHUNK, transfer.left)
             transfer.left -= size
             transfer.reading += 1
