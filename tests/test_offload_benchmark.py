@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,17 @@ def test_a_link_as_slow_as_a_gpus_is_swept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = "--inner eager --widen 1 --new-tokens 4 --memory 50% --folder . --json out.json"
-    monkeypatch.setattr(sys, "argv", ["sweep", *arguments.split(), "--models", "Qwen1.5-MoE-A2.7B"])
+    arguments = "--inner eager --widen 1 --new-tokens 3 --memory 50% --folder . --json out.json"
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments.split()])
+    slow = replace(offload_sweep.MODELS[-1], parameters=2e11)  # so that the link is fast beside it
+    monkeypatch.setattr(offload_sweep, "MODELS", (slow,))
     offload_sweep.main()
     cells = json.loads(Path("out.json").read_text())["results"]
     assert [cell["contender"] for cell in cells] == list(offload_sweep.CONTENDERS)
     assert all(cell["same_tokens"] for cell in cells)
+    read = {cell["contender"]: cell["megabytes_per_token"] for cell in cells}
+    assert read["no cache"] > read["lru"] > 0
     rates = {cell["contender"]: cell["tokens_per_second"] for cell in cells}
-    assert rates["no cache"] < rates["lru"]  # nothing but bytes counts behind such a link
     assert cells[-1]["over_on_demand"] == pytest.approx(rates["lfu + prefetch"] / rates["lfu"])
     assert "copying takes" in capsys.readouterr().out
 
