@@ -127,7 +127,8 @@ def main() -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> list[Cell]:
     """Time every contender behind every link at every budget, and print a table for each link."""
     model: Any = moecc.load(folder, expert_memory="100%")
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    ids: torch.Tensor = tokenizer(PROMPT, return_tensors="pt").input_ids
     options = {"inner": arguments.inner}
     model.forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
     generate(model, ids, arguments.new_tokens)  # compiles, and brings every expert in

@@ -10,7 +10,7 @@ what its tokens chose when they came last.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,9 +62,11 @@ def observe(
         layer.post_attention_layernorm.register_forward_pre_hook(keep(number))
         for number, layer in enumerate(layers)
     ]
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE, model_max_length=1 << 30)
+    tokenizer: Any = AutoTokenizer.from_pretrained(REFERENCE, model_max_length=1 << 30)
     files = sorted((REFERENCE / "validation").glob("*.txt"))
-    tokens = tokenizer("".join(file.read_text()[:6000] for file in files)).input_ids[:count]
+    tokens: list[int] = tokenizer("".join(file.read_text()[:6000] for file in files)).input_ids[
+        :count
+    ]
     seen: dict[int, list[torch.Tensor]] = defaultdict(list)
     with torch.no_grad():
         for start in range(0, len(tokens), WINDOW):
@@ -112,7 +114,7 @@ def recall(tokens: Sequence[int], chosen: torch.Tensor) -> float:
     """Give the share of a block's choices [T, K] that its tokens made when they came last."""
     memory, found = TokenMemory(), 0
     for token, one in zip(tokens, chosen, strict=True):
-        found += len(set(memory.recall([token])) & set(one.tolist()))
+        found += len(set(memory.recall([token])) & set(cast(list[int], one.tolist())))
         memory.learn(one[None])
     return found / chosen.numel()
 
