@@ -62,8 +62,7 @@ def recorded(
     before = [replace(pool.trace.counts) for pool in pools]
     for pool in pools:
         with pool.lock:
-            for key in list(pool.cache):
-                pool.cache.drop(key)
+            pool.cache.clear()
             pool.trace.recording, pool.trace.events = True, events  # one list: the order of all
     policy = options.get("policy", "auto")
 

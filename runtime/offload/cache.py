@@ -123,6 +123,12 @@ class Cache:
         if slot < self.slots:
             self._free.append(slot)
 
+    def clear(self) -> None:
+        """Forget every expert, and what was ever asked for."""
+        for key in list(self._slot):
+            self.drop(key)
+        self._usage = Usage()
+
     def shrink(self, slots: int) -> list[Key]:
         """Give up the slots from number `slots` on; return the experts that were in them.
 
