@@ -11,8 +11,9 @@ trained model. Contenders take turns, and medians of all rounds are told.
     accelerate    device_map, layers read whole from disk, given the bytes that moecc has in all
     llama.cpp     the same weights in a mapped file, with as many bytes for weights, in a cgroup
     no cache      an expert is read whenever a token needs it (expert-aware, nothing kept)
-    lru, lfu      on demand, into slots
-    + prefetch    the next layer's experts predicted with its router, read if that pays
+    lru, lfu      on demand, into slots; lfu is the default
+    + prefetch    the next layer's experts predicted with its router, the first one's by the token,
+                  and read if that pays
     oracle        simulated here: Belady, and every request known when the one before it ends
     bound         the larger of the time with all experts in memory and Belady's misses (the fewest
                   that any cache of so many slots can have) at the link's bandwidth

@@ -40,6 +40,9 @@ class OnDemand:
     def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
         """Ignore predictions."""
 
+    def recall(self, tokens: torch.Tensor, active: int) -> None:
+        """Ignore what tokens chose before."""
+
 
 class NoCache(OnDemand):
     """A bank that also forgets its experts after every call."""
@@ -57,7 +60,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Bank], Lender]]] = {
     "lru": ("lru", OnDemand),
     "lfu": ("lfu", OnDemand),
     "lru + prefetch": ("lru", lambda bank: bank),
-    "lookahead + prefetch": ("lookahead", lambda bank: bank),
+    "lfu + prefetch": ("lfu", lambda bank: bank),
 }
 """Policy, and what is made of a bank."""
 
@@ -94,9 +97,11 @@ class Contender:
             bank.pool.trace.recording, bank.pool.trace.events = True, self.events
 
 
-def new_contender(name: str, stores: Sequence[Store], slots: int) -> Contender:
-    """Give a contender banks of its own, with so many slots each."""
-    link, trial = Link(), Trial()
+def new_contender(
+    name: str, stores: Sequence[Store], slots: int, limit: float | None = None
+) -> Contender:
+    """Give a contender banks of its own, with so many slots each, and a link of its own."""
+    link, trial = Link(limit=limit), Trial()
     banks = [
         Bank(
             number=number,

@@ -9,8 +9,8 @@ second that the ratio of compute to transfer can be that of a GPU behind PCIe. E
 the same compiled model, the same kernels and the same tokens in the same memory: low-bit copies
 that a draft computes with are taken from the slots.
 
-    lru              on demand, all memory for slots
-    lru + prefetch   the next layer's experts predicted with its router
+    lru, lfu         on demand, all memory for slots
+    lfu + prefetch   the next layer's experts predicted with its router
     k=1, k=2, ...    drafts of so many tokens
     auto             as many as the governor finds to pay, none among its choices
 
@@ -182,11 +182,12 @@ def _runners(
     slots = int(float(memory.rstrip("%")) / 100 * stores[0].experts)
     left = slots - -(-copied // (len(stores) * stores[0].layout.size))
     runners = {
-        name: Runner(banks=new_contender(name, stores, slots)) for name in ("lru", "lru + prefetch")
+        name: Runner(banks=new_contender(name, stores, slots))
+        for name in ("lru", "lfu", "lfu + prefetch")
     }
     depths: list[int | str] = [*map(int, arguments.depths.split(",")), "auto"]
     for depth in depths:
-        banks = new_contender("lru + prefetch", stores, left)
+        banks = new_contender("lfu + prefetch", stores, left)
         lenders = {
             place: Twin(copy=twin.copy, bank=banks.banks[twin.bank.number])
             for place, twin in copies.lenders.items()

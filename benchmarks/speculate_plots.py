@@ -34,7 +34,7 @@ def plot(results: Sequence[dict[str, Any]], folder: Path) -> None:
         }
         depths = [name for name in rates if name.startswith("k=")]
         panel.plot([int(name[2:]) for name in depths], [rates[name] for name in depths], "o-")
-        for name, style in (("lru", ":"), ("lru + prefetch", "--"), ("auto", "-")):
+        for name, style in (("lru", ":"), ("lfu + prefetch", "--"), ("auto", "-")):
             panel.axhline(rates[name], linestyle=style, color="black", linewidth=1, label=name)
         text, memory, link, corrupt = cell
         wrong = f", {corrupt:.0%} corrupted" if corrupt else ""

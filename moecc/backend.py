@@ -84,6 +84,7 @@ _READERS = (
     torch.ops.moecc.experts.default,
     torch.ops.moecc.experts.apart,
     torch.ops.moecc.prefetch.default,
+    torch.ops.moecc.recall.default,
 )
 
 

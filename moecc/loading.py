@@ -33,7 +33,7 @@ from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand
-from moecc.runtime.offload.policy import POLICIES, Policy
+from moecc.runtime.offload.policy import AUTO, POLICIES, Policy
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.record import new_records
 from moecc.runtime.offload.resident import Resident
@@ -116,7 +116,7 @@ def load(
 
 
 def _policy(options: Options) -> Policy:
-    return POLICIES["lru" if options.policy == "auto" else options.policy]
+    return POLICIES[AUTO if options.policy == "auto" else options.policy]
 
 
 _Loaded = tuple[nn.Module, Sequence[Absent], Sequence[Lender]]

@@ -98,6 +98,11 @@ class TimedBank:
         if self.foretells:
             (self.lender or self.bank).foretell(scores, active, distance)
 
+    def recall(self, tokens: torch.Tensor, active: int) -> None:
+        """Pass tokens on, if predictions are wanted."""
+        if self.foretells:
+            (self.lender or self.bank).recall(tokens, active)
+
 
 def _one_by_one(slots: torch.Tensor) -> list[torch.Tensor]:
     """Split a table of experts' slots into tables of one expert each."""

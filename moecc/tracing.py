@@ -15,6 +15,7 @@ from moecc.generate import compiled, generate
 from moecc.lenders import banks_of
 from moecc.loading import demands_of
 from moecc.prompted import load_prompted
+from moecc.runtime.offload.policy import AUTO
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.recording import Pooled, Recording, write
 from moecc.runtime.offload.trace import Counts, Event
@@ -61,8 +62,7 @@ def recorded(
     before = [replace(pool.trace.counts) for pool in pools]
     for pool in pools:
         with pool.lock:
-            for key in list(pool.cache):
-                pool.cache.drop(key)
+            pool.cache.clear()
             pool.trace.recording, pool.trace.events = True, events  # one list: the order of all
     policy = options.get("policy", "auto")
 
@@ -70,7 +70,7 @@ def recorded(
         banks = banks_of(model)
         return Recording(
             model=name,
-            policy="lru" if policy == "auto" else policy,
+            policy=AUTO if policy == "auto" else policy,
             blocks=tuple(demands_of(model, [bank.store for bank in banks])),
             pool_of=tuple(pools.index(bank.pool) for bank in banks),
             pools=tuple(map(_counted, pools, before)),

@@ -1,6 +1,7 @@
 """Start reading the experts that later layers will likely choose.
 
-Needs: placements.  Adds: prefetches.  Graph: each lent block predicts those that follow.
+Needs: placements.  Adds: prefetches.  Graph: each lent block predicts those that follow, and
+the tokens predict the first.
 
 Layer l+1 chooses its experts from the residual stream after its attention. Without what layer l's
 experts and layer l+1's attention add to it, the same stream is known before layer l's experts run.
@@ -13,6 +14,14 @@ So the cone from there to layer l+1's scores, with norm and router, is cloned on
 →
     guess = moecc.prefetch(linear(norm1(r), router1), gate_up1, K, 1)
     out = moecc.experts(norm(r), ids, ..., after=[guess])
+
+Nothing is computed before the first block that its router could read. What it chose for the same
+tokens the last time is a guess that is there as soon as the tokens are:
+
+    x = embedding(tokens, table)
+→
+    guess = moecc.recall(tokens, gate_up0, K)
+    x = embedding(tokens, table)
 
 (Eliseev and Mazur, "Fast Inference of MoE Language Models with Offloading", 2023, guess with the
 next layer's gate; here the cone is cut from the graph, for any router.) Predictions change no
@@ -57,6 +66,9 @@ def insert_prefetch(program: Program, options: Options) -> Outcome:
                 break
             made.append(Prefetch(block=target.path, at=source.path, distance=distance))
     note = f"{len(made)} predictions of what follows, up to {reach} layers ahead"
+    if _recall(blocks[0], nodes):
+        made.append(Prefetch(block=blocks[0].path, at="tokens", distance=1))
+        note += ", and one by the tokens"
     done = replace(program, prefetches=tuple(made))
     return Outcome(program=done, rewrites=len(made), misses=tuple(misses), note=note)
 
@@ -88,11 +100,36 @@ def _predict(
             copies[node] = graph.node_copy(node, lambda one: copies.get(one, one))
         arguments = (copies[scores], nodes[target.gate_up], target.active, distance)
         guess = graph.call_function(torch.ops.moecc.prefetch.default, arguments)
+    _make_before(experts, guess)
+    return ""
+
+
+def _recall(first: MoeBlock, nodes: dict[str, Node]) -> bool:
+    """Let the first block recall its tokens: the indices of the largest table behind it."""
+    experts = nodes[first.output]
+    tables = [one for one in ancestors(experts) if op_name(one) == "embedding"]
+    rows = {one: _shape(one.args[1])[0] for one in tables if _shape(one.args[1])}
+    if not rows:
+        return False
+    embedding = max(rows, key=lambda one: rows[one])
+    with experts.graph.inserting_before(embedding):
+        arguments = (embedding.args[0], nodes[first.gate_up], first.active)
+        guess = experts.graph.call_function(torch.ops.moecc.recall.default, arguments)
+    _make_before(experts, guess)
+    return True
+
+
+def _make_before(experts: Node, guess: Node) -> None:
+    """Have experts wait for a prediction, so that it is neither moved behind them nor dropped."""
     guess.meta["example_value"] = torch.empty(0)
     after = experts.kwargs.get("after")
     known = list(after) if isinstance(after, (list, tuple)) else []
     experts.kwargs = {**experts.kwargs, "after": [*known, guess]}
-    return ""
+
+
+def _shape(table: object) -> tuple[int, ...]:
+    value = table.meta.get("example_value") if isinstance(table, Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def _scores(ids: Node, experts: int) -> Node | None:

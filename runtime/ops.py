@@ -4,6 +4,7 @@
     moecc::experts.apart  the same, where each expert has matrices of its own
     moecc::expert_linear  one grouped product, y[t * K + k] = W[ids[t, k]] x (+ b)
     moecc::prefetch       start reading what a later block will likely choose, by scores [.., E]
+    moecc::recall         the same by what these tokens [..] chose when they came last
     moecc::combine        the weighted sum over k, out[t] = sum_k weights[t, k] y[t * K + k]
 
 Capture writes the last two, with the activation between them as ordinary nodes; `fuse_experts`
@@ -149,6 +150,13 @@ def _prefetch(
     return scores.new_empty(0)
 
 
+def _recall(tokens: torch.Tensor, weight: torch.Tensor, active: int) -> torch.Tensor:
+    lender = None if is_foreseen() else lender_of(weight)
+    if lender is not None:
+        lender.recall(tokens.reshape(-1), active)
+    return weight.new_empty(0)
+
+
 def _expert_linear(
     x: torch.Tensor,
     ids: torch.Tensor,
@@ -240,6 +248,10 @@ def _fake_prefetch(
     return scores.new_empty(0)
 
 
+def _fake_recall(tokens: torch.Tensor, weight: torch.Tensor, active: int) -> torch.Tensor:
+    return weight.new_empty(0)
+
+
 def _fake_combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return y.new_empty(weights.shape[0], y.shape[1])
 
@@ -290,3 +302,4 @@ define(
     _prefetch,
     _fake_prefetch,
 )
+define("recall(Tensor tokens, Tensor weight, int active) -> Tensor", _recall, _fake_recall)

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import llama_cpp, llama_mmap, offload
+from benchmarks import llama_cpp, llama_mmap, offload, offload_sweep
+from moecc.runtime.offload import profile as profiles
 
 ARGUMENTS = """
     --inner eager --widen 1 --new-tokens 6 --rounds 2 --memory 50% --llama
@@ -58,3 +60,30 @@ def test_llama_stays_in_its_memory_and_reads_the_file_again(tmp_path: Path) -> N
     assert 8 << 20 < made.peak <= made.own + (8 << 20)
     assert made.read > 1 << 20, "the file does not fit"
     assert set(llama_mmap.GROUPS.iterdir()) == groups
+
+
+def test_a_link_as_slow_as_a_gpus_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = "--inner eager --widen 1 --new-tokens 3 --memory 50% --folder . --json out.json"
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments.split()])
+    slow = replace(offload_sweep.MODELS[-1], parameters=2e11)  # so that the link is fast beside it
+    monkeypatch.setattr(offload_sweep, "MODELS", (slow,))
+    offload_sweep.main()
+    cells = json.loads(Path("out.json").read_text())["results"]
+    assert [cell["contender"] for cell in cells] == list(offload_sweep.CONTENDERS)
+    assert all(cell["same_tokens"] for cell in cells)
+    read = {cell["contender"]: cell["megabytes_per_token"] for cell in cells}
+    assert read["no cache"] > read["lru"] > 0
+    rates = {cell["contender"]: cell["tokens_per_second"] for cell in cells}
+    assert cells[-1]["over_on_demand"] == pytest.approx(rates["lfu + prefetch"] / rates["lfu"])
+    assert "copying takes" in capsys.readouterr().out
+
+
+def test_ratios_are_those_of_published_shapes() -> None:
+    gpu = profiles.read(offload_sweep.GPU)
+    mixtral, *_ = offload_sweep.MODELS
+    seconds = 32 * 2 * 3 * 4096 * 14336 * 2 / 16e9  # two experts of 352 MB in 32 layers
+    computed = 12.9e9 * 2 / gpu.compute.bandwidth
+    assert 0.8 * seconds / computed < mixtral.ratio(gpu) < seconds / computed

@@ -55,6 +55,9 @@ class Twin:
     def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
         """Do nothing: a draft names the experts themselves."""
 
+    def recall(self, tokens: torch.Tensor, active: int) -> None:
+        """Do nothing, likewise."""
+
 
 def add_copies(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> int:
     """Copy the experts of those blocks that have no copy yet; returns the bytes of new copies.

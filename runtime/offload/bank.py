@@ -24,6 +24,7 @@ from moecc.runtime.offload.replay import groups_of
 from moecc.runtime.offload.slot_table import SlotTable
 from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.offload.store import Store
+from moecc.runtime.offload.token_memory import TokenMemory
 from moecc.runtime.offload.trace import Request
 from moecc.runtime.offload.trial import MOST_TOKENS
 from moecc.runtime.ops import AddExpertsFn
@@ -45,6 +46,7 @@ class Bank:
     schemes: Schemes | None = None
     """Of the matrices in the store; None are the model's own."""
     guesses: Guesses = field(default_factory=Guesses)
+    memory: TokenMemory = field(default_factory=TokenMemory)
     home: Home | None = None
     """Computes experts in host memory when that is sooner than their copy to a device."""
     _table: SlotTable = field(init=False)
@@ -74,6 +76,8 @@ class Bank:
             double = len(groups) > 1 and 2 * len(groups[0]) <= self.pool.slots
             missing = [key for key in self._keys(wanted) if key not in self.pool.cache]
             self.guesses.check(wanted, missing)
+            self.memory.learn(ids)
+            self.pool.withdraw(self.number, wanted)
             hits = late = 0
             pinned: list[Admission] = []
             try:
@@ -108,6 +112,13 @@ class Bank:
         ranked = self._keys(cast(list[int], best.topk(width).indices.tolist()))
         with self.pool.lock:
             self.guesses.make(ranked, active, self.pool, self.store)
+
+    def recall(self, tokens: torch.Tensor, active: int) -> None:
+        """Start reading what these tokens [T] chose before, as far as it is worth it."""
+        with self.pool.lock:
+            ranked = self._keys(self.memory.recall(cast(list[int], tokens.tolist())))
+            if ranked and len(tokens) <= MOST_TOKENS:
+                self.guesses.make(ranked, active, self.pool, self.store)
 
     def foresee(self, ids: torch.Tensor) -> None:
         """Start reading the experts that a draft named: the next call will ask for them.
@@ -157,7 +168,9 @@ class Bank:
             if self.pool.is_late(admitted[start].key):
                 began = time.perf_counter()
                 self.pool.wait(admitted[start].key)
-                self.pool.trace.add_wait(time.perf_counter() - began, admitted[start].hit)
+                waited = time.perf_counter() - began
+                self.pool.trace.add_wait(waited, admitted[start].hit)
+                self.guesses.trial.waited += waited
             end = start + 1
             while end < len(admitted) and not self.pool.is_late(admitted[end].key):
                 end += 1

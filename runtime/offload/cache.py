@@ -37,6 +37,8 @@ class Cache:
         self._pins: Counter[Key] = Counter()
         self._free = list(range(slots - 1, -1, -1))
         self._usage = Usage()
+        self.let_in: set[Key] = set()
+        """By predictions, and not asked for since."""
 
     def __contains__(self, key: Key) -> bool:
         return key in self._slot
@@ -71,9 +73,8 @@ class Cache:
             self._pins[key] += 1  # before anything is evicted
         turns = {key: turn for turn, key in enumerate(then)}
         admitted = [self._admit(key, turns=turns) for key in keys]
-        for key in keys:
-            self._usage.last[key] = self.step
-            self._usage.count[key] = self._usage.count.get(key, 0) + 1
+        self._usage.use(keys, self.step)
+        self.let_in -= wanted
         return admitted
 
     def release(self, keys: Iterable[Key]) -> None:
@@ -101,14 +102,32 @@ class Cache:
                 break
             admitted.append(self._admit(key, victim))
             self._usage.last[key] = self.step
+            self.let_in.add(key)
         return admitted
+
+    def withdraw(self, block: int, wanted: Iterable[int]) -> list[int]:
+        """Drop what predictions let in for a block that asks for other experts; give the slots.
+
+        It was not worth keeping before, and what was predicted wrongly is read no further.
+        """
+        wrong = [key for key in self.let_in if key[0] == block and key[1] not in wanted]
+        slots = [self._slot[key] for key in sorted(wrong)]
+        for key in sorted(wrong):
+            self.drop(key)
+        return slots
 
     def drop(self, key: Key) -> None:
         """Forget an expert whose slot holds nothing good."""
         slot = self._slot.pop(key)
-        self._forget(key)
+        self.let_in.discard(key)
         if slot < self.slots:
             self._free.append(slot)
+
+    def clear(self) -> None:
+        """Forget every expert, and what was ever asked for."""
+        for key in list(self._slot):
+            self.drop(key)
+        self._usage = Usage()
 
     def shrink(self, slots: int) -> list[Key]:
         """Give up the slots from number `slots` on; return the experts that were in them.
@@ -160,6 +179,3 @@ class Cache:
 
     def _needed_before(self, key: Key, due: int) -> bool:
         return self.step < self._usage.due.get(key, -1) <= due
-
-    def _forget(self, key: Key) -> None:
-        self._usage.count.pop(key, None)

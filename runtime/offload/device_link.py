@@ -69,12 +69,14 @@ class DeviceLink:
         if load in self._queued:
             self._device.hold(self._queued[load])
 
-    def cancel(self, loads: Sequence[Load]) -> None:
+    def stop(self, loads: Sequence[Load]) -> None:
         """Drop loads that nobody needs; a copy under way ends before the next into its slot."""
         for load in loads:
             if load in self._waiting:
                 self._waiting.remove(load)
             load.stop()
+
+    cancel = stop
 
     def used(self, slots: Iterable[torch.Tensor]) -> None:
         """Take note that kernels that read these slots have been launched."""

@@ -1,12 +1,14 @@
 """Price predictions: which of a block's predicted experts are worth reading early.
 
-A guess of rank r (0 is the best) comes true with probability p, measured online for each rank. If
-it does, a demand later waits less by what the read gets done until then: the time of a read, but no
-more than the window between the guess and the demand. If it does not, the read was for nothing: it
-delays demands to the extent that the link is busy with them anyway, and the expert that it drove
-out may be missed. So a guess is worth reading when
+A guess of rank r (0 is the best) of an expert that is not there comes true with probability p,
+measured online for each rank. If it does, a demand later waits less by what the read gets done
+until then: the time of a read, but no more than the window between the guess and the demand, less
+what is waited for others meanwhile, whose reads go first. It drives out what the demand would have
+driven out. If it does not come true, as much was read for nothing, for the rest is cancelled then:
+it delays others to the extent that the link is busy anyway, and the expert that it drove out may
+be missed. So a guess is worth reading when
 
-    p * min(read, window)  >  (1 - p) * read * busy  +  regret * read
+    p * gain  >  (1 - p) * (gain * busy  +  regret * read),    gain = min(read, window)
 
 where `regret` is the measured share of experts that were driven out by guesses and asked for soon.
 A guess that does not pay is still counted when it is checked, so a rank can come back.
@@ -37,7 +39,7 @@ class Governor:
     precision: list[float] = field(default_factory=list[float])
     """By rank: how often the guess came true."""
     window: float | None = None
-    """Between a guess and the demand; None before the first."""
+    """Between a guess and the demand, less what blocks waited meanwhile; None before the first."""
     regret: float = 0.0
 
     def worth(self, ranks: int, read: float, busy: float) -> list[bool]:
@@ -45,16 +47,20 @@ class Governor:
         window = read if self.window is None else self.window
         gain = min(read, window)
         return [
-            p * gain > (1 - p) * read * busy + self.regret * read
+            p * gain > (1 - p) * (gain * busy + self.regret * read)
             for p in (self._precision(rank) for rank in range(ranks))
         ]
 
-    def observe(self, came_true: Sequence[bool], window: float) -> None:
-        """Compare a ranked guess with what was asked for, `window` seconds later."""
+    def observe(self, came_true: Sequence[bool | None], window: float) -> None:
+        """Compare a ranked guess with what was asked for, `window` seconds later.
+
+        None stands for an expert that was there: what recurs is cached, and is guessed more easily.
+        """
         for rank, true in enumerate(came_true):
             if rank == len(self.precision):
                 self.precision.append(_HOPEFUL)
-            self.precision[rank] += _WEIGHT * (true - self.precision[rank])
+            if true is not None:
+                self.precision[rank] += _WEIGHT * (true - self.precision[rank])
         before = window if self.window is None else self.window
         self.window = before + _WEIGHT * (window - before)
 

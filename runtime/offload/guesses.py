@@ -1,7 +1,7 @@
 """Act on predictions of one block's experts, and check them against what was asked for."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moecc.runtime.offload.governor import Governor
@@ -31,24 +31,35 @@ class Guesses:
     made: int = 0
     clock: Callable[[], float] = time.perf_counter
     """Seconds; a simulator has its own."""
-    _latest: tuple[list[int], float] | None = None
+    _latest: tuple[list[int], set[int], float] | None = None
+    """What it ranked, what of that was absent, and when."""
     _driven_out: dict[Key, int] = field(default_factory=dict[Key, int])
 
     def make(self, ranked: Sequence[Key], active: int, pool: Pool, store: Store) -> None:
         """Take a guess, best first, and start those reads that are worth it."""
         pool.trace.add_ranking(tuple(ranked), active)
         read = store.layout.size / (pool.link.bandwidth or _FAST)
-        chosen = self.choose(ranked, read, pool.link.busy())
+        chosen = self.choose(ranked, active, pool.cache, read, pool.link.busy())
         if chosen:
             self.drove_out(pool.predict(store, chosen, 1, len(chosen)))
 
-    def choose(self, ranked: Sequence[Key], read: float, busy: float) -> list[Key]:
-        """Take a guess, best first, and say what is worth a read of so many seconds."""
-        self._latest = [expert for _, expert in ranked], self.clock()
+    def choose(
+        self, ranked: Sequence[Key], active: int, cached: Container[Key], read: float, busy: float
+    ) -> list[Key]:
+        """Take a guess, best first, and say what is worth a read of so many seconds.
+
+        Of what is cached, the first `active` are named, too: nothing drives them out.
+        """
+        absent = {expert for block, expert in ranked if (block, expert) not in cached}
+        self._latest = [expert for _, expert in ranked], absent, self._computed()
         if not self.trial.on:
             return []
         worth = self.governor.worth(len(ranked), read, busy)
-        return [key for key, good in zip(ranked, worth, strict=True) if good]
+        return [
+            key
+            for rank, (key, good) in enumerate(zip(ranked, worth, strict=True))
+            if (good if key[1] in absent else rank < active)
+        ]
 
     def drove_out(self, keys: Iterable[Key]) -> None:
         """Watch whether experts that left for guesses are missed soon."""
@@ -59,16 +70,24 @@ class Guesses:
         self._count_driven_out(set(missing))
         if self._latest is None:
             return
-        (ranked, at), self._latest = self._latest, None
+        (ranked, absent, at), self._latest = self._latest, None
         named = set(wanted)
         came_true = [expert in named for expert in ranked]
-        self.governor.observe(came_true, self.clock() - at)
+        news = [
+            true if expert in absent else None
+            for expert, true in zip(ranked, came_true, strict=True)
+        ]
+        self.governor.observe(news, self._computed() - at)
         first = sum(came_true[: len(named)])
         self.made += 1
         self.asked += len(named)
         self.right += first
         self.wide += sum(came_true)
         self.whole += first == len(named)
+
+    def _computed(self) -> float:
+        """Give the time, were there no waiting: guesses are read in what is left."""
+        return self.clock() - self.trial.waited
 
     def _count_driven_out(self, missing: set[Key]) -> None:
         for key in list(self._driven_out):

@@ -75,17 +75,22 @@ class Link:
         if load.cancelled:
             raise StoreError(load.failure("the cache was closed meanwhile"))
 
-    def cancel(self, loads: Sequence[Load]) -> None:
-        """Stop loads that nobody needs; when this returns, nobody writes to their records."""
-        state = self._state
-        with state.lock:
+    def stop(self, loads: Sequence[Load]) -> None:
+        """Begin no more chunks of loads that nobody needs; those under way end by themselves."""
+        with self._state.lock:
             for load in loads:
                 load.stop()
+                if load.done:
+                    remove(self._state, load)
+
+    def cancel(self, loads: Sequence[Load]) -> None:
+        """Stop loads that nobody needs; when this returns, nobody writes to their records."""
+        self.stop(loads)
         for load in loads:
             self._wait_for_end(load)
-        with state.lock:
+        with self._state.lock:
             for load in loads:
-                remove(state, load)
+                remove(self._state, load)
 
     def _wait_for_end(self, load: Load) -> None:
         """Wait without a condition: an interrupt must not leave a lock taken."""

@@ -33,7 +33,6 @@ class Pool:
         self.tensors = layout.tensors(self.records)
         self._loads: dict[int, Load] = {}
         """Who writes to each slot, or did and nobody has looked since."""
-        self._foretold: set[Key] = set()
         _pools.add(self)
 
     @property
@@ -49,6 +48,7 @@ class Pool:
         `then` are what the same call asks for next. Raises `InputError` when `keys` do not fit
         beside what is pinned.
         """
+        useful = len(self.cache.let_in.intersection(keys))
         self._drop_failed(keys)
         admitted = self.cache.request(keys, then)
         for one in admitted:
@@ -59,9 +59,7 @@ class Pool:
         except BaseException:
             self.cache.release(keys)
             raise
-        foretold = self._foretold.intersection(keys)
-        self.trace.counts.useful += len(foretold)
-        self._foretold -= foretold
+        self.trace.counts.useful += useful
         return admitted
 
     def predict(
@@ -75,10 +73,14 @@ class Pool:
         self._drop_failed(keys)
         admitted = self.cache.predict(keys, self.cache.step + due, most)
         self._load(store, admitted, DEMAND + due if priority is None else priority)
-        self._foretold.update(one.key for one in admitted)
         self.trace.counts.predicted += len(admitted)
         self.trace.add_guess(tuple(keys))
         return [one.evicted for one in admitted if one.evicted is not None]
+
+    def withdraw(self, block: int, wanted: Sequence[int]) -> None:
+        """Stop reading what was predicted for a block that asks for other experts."""
+        slots = self.cache.withdraw(block, wanted)
+        self.link.stop([self._loads[slot] for slot in slots if slot in self._loads])
 
     def is_late(self, key: Key) -> bool:
         """Tell whether an admitted expert is still on its way, or failed to come."""
@@ -116,7 +118,7 @@ class Pool:
         with self.lock:
             if self._memory is None:
                 raise InputError("slots on a device cannot be given up one by one")
-            self._foretold.difference_update(self.cache.shrink(slots))
+            self.cache.shrink(slots)
             self._stop([slot for slot in self._loads if slot >= slots])
             rest = up_to(slots * self.layout.size, mmap.PAGESIZE)
             if rest < len(self._memory):
@@ -125,7 +127,6 @@ class Pool:
     def _load(self, store: Store, admitted: Sequence[Admission], priority: int) -> None:
         """Start reading those that miss; what cannot be started is not in the cache."""
         missing = [one for one in admitted if not one.hit]
-        self._foretold.difference_update(one.evicted for one in missing)
         try:
             self._stop([one.slot for one in missing])
             while missing:

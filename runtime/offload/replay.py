@@ -111,6 +111,7 @@ def serve(
             submit(admitted)
         return admitted
 
+    cache.withdraw(request.block, request.experts)
     groups = groups_of(request.experts, cache.slots)
     double = len(groups) > 1 and 2 * len(groups[0]) <= cache.slots
     ahead = ask(0)

@@ -44,3 +44,6 @@ class Resident:
 
     def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
         """Do nothing: every expert is here."""
+
+    def recall(self, tokens: torch.Tensor, active: int) -> None:
+        """Do nothing: every expert is here."""

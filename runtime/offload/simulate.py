@@ -149,9 +149,13 @@ class _Run:
             last = request.block
             others = self.recording.other_bytes / len(self.recording.blocks)
             read = others / self.speed.bandwidth * max(1.0, request.tokens / self.speed.balance)
+            recalled = [event for event in before if block_of(event) == request.block]
+            for event in recalled:  # what tokens chose before, as soon as they are known
+                self._guess(event)
             self._pass("model", self.speed.layer + read)
             for event in before:
-                self._guess(event)
+                if event not in recalled:
+                    self._guess(event)
             self._serve(request)
             self._foresee(self.recording.pool_of[request.block])
         return Simulated(
@@ -182,7 +186,8 @@ class _Run:
         elif isinstance(event, Ranking):
             guesses, size = self.guesses[block], self.recording.blocks[block].size
             read = size / (self.link.bandwidth or self.link.speed.bandwidth)
-            chosen = guesses.choose(event.keys, read, self.link.busy())
+            cached, busy = self._pool(block).cache, self.link.busy()
+            chosen = guesses.choose(event.keys, event.active, cached, read, busy)
             guesses.drove_out(self._let_in(block, chosen))
 
     def _foresee(self, number: int) -> None:
@@ -216,6 +221,9 @@ class _Run:
         if request.block == 0:
             self.trial.begin(request.tokens)
         keys = [(request.block, expert) for expert in request.experts]
+        for key in pool.cache.let_in - set(keys):  # `serve` withdraws them
+            if key[0] == request.block and key in pool.loads:
+                self.link.stop(pool.loads.pop(key))
         missing = [key for key in keys if key not in pool.cache]
         self.guesses[request.block].check(request.experts, missing)
         self._pass("overhead", self.speed.call)
@@ -242,6 +250,7 @@ class _Run:
                 self.link.wait(pool.loads.pop(admitted[start].key))
                 part: Part = "prefetch_wait" if admitted[start].hit else "demand_wait"
                 self.now.add(part, self.link.now - began)
+                self.trial.waited += self.link.now - began
             end = start + 1
             while end < len(admitted) and not self._late(pool, admitted[end].key):
                 end += 1

@@ -83,9 +83,13 @@ class SimulatedLink:
         self._take()
         return transfer
 
+    def stop(self, transfer: Transfer) -> None:
+        """Begin no more chunks of a load."""
+        transfer.left = 0
+
     def cancel(self, transfer: Transfer) -> None:
         """Stop a load; time passes until nobody is at it."""
-        transfer.left = 0
+        self.stop(transfer)
         self.wait(transfer)
 
     def wait(self, transfer: Transfer) -> None:

@@ -41,6 +41,10 @@ class Lender(Protocol):
         """Take note that the block will likely choose the best of `scores` [T, E]."""
         ...
 
+    def recall(self, tokens: torch.Tensor, active: int) -> None:
+        """Take note that the block will choose experts for these tokens [T]."""
+        ...
+
 
 def stand_in(
     like: torch.Tensor, lender: Lender, device: torch.device | str = "cpu"

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 TRY = 16
 """Steps of a short turn. The first of any turn is not counted: the turn before filled the cache."""
-LEAST, MOST = 64, 512
-"""Steps of a long one."""
+LEAST, MOST = {True: 128, False: 32}, {True: 512, False: 256}
+"""Steps of a long one. Guesses are soon tried again: a busy disk may have spoken against them."""
+MARGIN = 1.02
+"""How much longer steps with guesses may seem to take: two means of 16 differ by chance."""
 MOST_TOKENS = 8
 """Tokens of a call for which guesses are made: decoding, or checking a few drafted tokens."""
 
@@ -26,12 +28,14 @@ class Trial:
     clock: Callable[[], float] = time.perf_counter
     """Seconds; a simulator has its own."""
     on: bool = True
+    waited: float = 0.0
+    """Seconds in which blocks waited for experts: the link was busy with what they asked for."""
     seconds: dict[bool, float] = field(default_factory=dict[bool, float])
     """Of a step with guesses (True) and without: what the latest turn had counts half."""
     _best: bool | None = None
     _left: int = TRY
     _is_long: bool = False
-    _stay: int = LEAST
+    _stay: int = 0
     _began: float | None = None
     _taken: list[float] = field(default_factory=list[float])
 
@@ -54,7 +58,7 @@ class Trial:
         if self._is_long or len(self.seconds) == 1:
             self.on, self._left, self._is_long = not self.on, TRY, False
             return
-        best = self.seconds[True] <= self.seconds[False]
-        self._stay = min(2 * self._stay, MOST) if best is self._best else LEAST
+        best = self.seconds[True] <= MARGIN * self.seconds[False]
+        self._stay = min(2 * self._stay, MOST[best]) if best is self._best else LEAST[best]
         self._best = best
         self.on, self._left, self._is_long = best, self._stay, True

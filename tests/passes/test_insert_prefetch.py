@@ -70,6 +70,35 @@ def test_lookahead_says_how_many_blocks_ahead(lookahead: int, count: int) -> Non
     assert len(result.program.prefetches) == count
 
 
+class Embedded(nn.Module):
+    """Positions have a table, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, HIDDEN), nn.Embedding(8, HIDDEN)
+        self.rest = Model(2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.words(ids) + self.places(torch.arange(ids.shape[-1])))
+
+
+def test_the_first_block_is_predicted_by_its_tokens_before_they_are_embedded() -> None:
+    captured = capture(Embedded(), torch.tensor([4, 9, 4]))
+    found = run(Program(gm=captured.gm), Options(), PIPELINE[:2]).program
+    lent = replace(found, lent=frozenset(block.gate_up for block in found.blocks))
+    result = run(lent, Options(kernels="torch"), PIPELINE[2:])
+    first, second = result.program.prefetches[::-1]
+    assert (first.at, first.block, second.distance) == ("tokens", result.program.blocks[0].path, 1)
+    nodes = list(captured.gm.graph.nodes)
+    recall = next(one for one in nodes if one.target is torch.ops.moecc.recall.default)
+    tokens_of, gate_up, active = recall.args
+    table = next(one for one in nodes if one.args[:1] == (tokens_of,) and one is not recall)
+    assert table.args[1].meta["example_value"].shape == (50, HIDDEN)
+    assert nodes.index(recall) < nodes.index(table)
+    experts = next(one for one in nodes if recall in one.all_input_nodes)
+    assert (experts.args[3], active) == (gate_up, result.program.blocks[0].active)
+
+
 def test_keeps_the_numbers_bit_for_bit() -> None:
     model = Model(3)
     without, plain = with_lent_experts(model, lookahead=0)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.cache import Admission, Cache
-from moecc.runtime.offload.policy import POLICIES, Key, Usage, belady, lfu, lookahead, lru
+from moecc.runtime.offload.policy import FADE, POLICIES, Key, Usage, belady, lfu, lookahead, lru
 
 KEYS = st.tuples(st.integers(0, 2), st.integers(0, 4))
 SETS = st.lists(KEYS, min_size=1, max_size=6, unique=True)
@@ -40,15 +40,17 @@ class Naive:
 
     def score(self, key: Key) -> tuple[float, ...]:
         """Lowest leaves."""
-        last = self.latest("use foretold", key)
+        last, due = self.latest("use foretold", key), self.latest("due", key)
         if self.policy == "lru":
             return (last,)
+        uses, seen = 0.0, 0
+        for step in dict.fromkeys(s for kind, k, s in self.log if kind == "use" and k[0] == key[0]):
+            used = ("use", key, step) in self.log
+            uses, seen = (uses * FADE**seen + 1.0, 1) if used else (uses, seen + 1)
+        often = (due > self.step, uses * FADE ** max(0, seen - 1), last)
         if self.policy == "lfu":
-            since = [kind for kind, k, _ in self.log if k == key]
-            since = since[max(i for i, kind in enumerate(since) if kind == "came") :]
-            return (since.count("use") + (self.latest("due", key) > self.step), last)
-        due = self.latest("due", key)
-        return (-(due - self.step) if due > self.step else float("-inf"), last)
+            return often
+        return (-(due - self.step) if due > self.step else float("-inf"), *often)
 
     def victims(self, spared: int | None = None) -> set[Key]:
         """Whoever may leave: all of the lowest score, but none predicted up to step `spared`."""
@@ -168,15 +170,51 @@ def test_lru_takes_the_one_unused_for_longest() -> None:
 
 
 def test_lfu_takes_the_rarest_and_of_those_the_oldest() -> None:
-    usage = Usage(last={(0, 0): 1, (0, 1): 4, (0, 2): 5}, count={(0, 0): 9, (0, 1): 2, (0, 2): 2})
-    assert min(usage.last, key=lambda key: lfu(key, usage, 6)) == (0, 1)
+    usage = Usage()
+    for step, expert in enumerate((0, 1, 0, 2), 1):
+        usage.use([(0, expert), (expert, 9)], step)
+    rarest = sorted([(0, 0), (0, 1), (0, 2)], key=lambda key: lfu(key, usage, 5))
+    assert rarest == [(0, 1), (0, 2), (0, 0)]
+    usage = Usage(last={(0, 3): 2, (0, 4): 1})
+    assert lfu((0, 4), usage, 5) < lfu((0, 3), usage, 5)
 
 
-def test_lfu_counts_a_prediction_as_a_use() -> None:
+def test_lfu_remembers_what_left_and_forgets_what_was_long_ago() -> None:
+    def left(others: int) -> Key | None:
+        cache = Cache(2, lfu)
+        often = [[(0, 1)]] * 5 + [[(0, 2), (0, 3)], [(0, 1)]]  # 1 has left, and is back
+        for keys in often + [[(0, 2)]] * others + [[(0, 3)]]:
+            admitted = cache.request(keys)
+            cache.release(keys)
+        return admitted[-1].evicted
+
+    assert (left(1), left(60)) == ((0, 2), (0, 1))
+
+
+def test_what_other_blocks_ask_for_fades_nothing() -> None:
+    usage = Usage()
+    usage.use([(0, 1)], 1)
+    usage.use([(1, 1)], 2)
+    assert usage.often((0, 1)) == 1.0
+    usage.use([(0, 2)], 3)
+    assert usage.often((0, 1)) == FADE
+
+
+def test_lfu_lets_what_is_predicted_stay() -> None:
     cache = Cache(2, lfu)
     cache.release(one.key for one in cache.request([(0, 1)]))
     cache.predict([(0, 3)], cache.step + 2, 1)
     assert [one.evicted for one in cache.request([(1, 5)])] == [(0, 1)]
+
+
+def test_what_was_predicted_and_not_asked_for_leaves_with_its_slot() -> None:
+    cache = Cache(4, lfu)
+    cache.release(one.key for one in cache.request([(0, 1)]))
+    cache.predict([(0, 1), (0, 2), (0, 3), (1, 2)], cache.step + 1, 3)
+    assert cache.withdraw(0, [1, 3]) == [1]  # another block's guess stays
+    cache.release(one.key for one in cache.request([(0, 1), (0, 3)]))
+    assert set(cache) == {(0, 1), (0, 3), (1, 2)}
+    assert cache.withdraw(0, []) == []  # what was asked for once is no guess any more
 
 
 def test_what_the_same_call_asks_for_later_leaves_last_and_the_latest_of_it_first() -> None:

@@ -1,4 +1,4 @@
-"""What guesses are worth: p * min(read, window) > (1 - p) * read * busy + regret * read."""
+"""What guesses are worth: p * gain > (1 - p) * (gain * busy + regret * read)."""
 
 from pathlib import Path
 
@@ -30,13 +30,21 @@ def test_an_idle_link_takes_chances_that_a_busy_one_does_not() -> None:
 
 
 def test_a_window_shorter_than_a_read_gains_less() -> None:
-    sure = Governor(precision=[0.6], window=0.1)
+    sure = Governor(precision=[0.6], window=0.1, regret=0.2)
     assert sure.worth(1, read=1.0, busy=0.5) == [False]
-    assert Governor(precision=[0.6], window=1.0).worth(1, read=1.0, busy=0.5) == [True]
+    sure.window = 1.0
+    assert sure.worth(1, read=1.0, busy=0.5) == [True]
+
+
+def test_what_was_there_tells_nothing_of_guesses_that_are_read() -> None:
+    governor = Governor()
+    for _ in range(200):
+        governor.observe([None, True, False], 1.0)
+    assert governor.worth(3, read=1.0, busy=1.0) == [False, True, False]
 
 
 def test_experts_that_are_missed_after_a_guess_drove_them_out_stop_guesses() -> None:
-    governor = Governor(precision=[0.9], window=1.0)
+    governor = Governor(precision=[0.4], window=1.0)
     for _ in range(200):
         governor.driven_out(True)
     assert governor.worth(1, read=1.0, busy=0.0) == [False]
