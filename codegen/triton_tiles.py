@@ -78,6 +78,7 @@ def grouped_tile(
     if columns % 8 or depth % 8:
         n, k = n // 2, 32  # not aligned to 16 bytes: every element is a load and needs an address
     n = min(n, max(16, power_of_two(columns)))
+    fp8 = spec.schemes is not None and spec.schemes.first.name == "fp8"
     swapped = gpu.wide_products and spec.dtype != torch.float32 and block_m < 64 <= n
     return Tile(
         m=block_m,
@@ -86,7 +87,7 @@ def grouped_tile(
         num_warps=num_warps,
         num_stages=num_stages,
         swapped=swapped,
-        max_registers=128 if swapped and gpu.tensor_memory else None,
+        max_registers=128 if swapped and gpu.tensor_memory and fp8 else None,
     )
 
 
