@@ -111,7 +111,8 @@ def test_kernels_are_planned_and_compiled_for_a_gpu_that_is_not_here(factory: st
     assert code == 0
     (found,) = json.loads(output)
     first, last = found["chosen"]
-    assert (first["plan"], first["kernels"][0][:14]) == ("decode", "decode_gate_up")
+    names = [one.split()[0] for one in first["kernels"]]
+    assert (first["plan"], names[:2]) == ("decode", ["choose_experts", "decode_gate_up"])
     assert last["plan"].startswith("persistent")
     assert "T" in found["costs"]["decode"]
     assert {row["kernel"] for row in found["resources"]} == {*first["kernels"], *last["kernels"]}

@@ -30,7 +30,7 @@ def test_it_is_what_a_block_adds_to_the_stream() -> None:
         silent = measure_sensitivity(model, blocks)
     first, second = blocks
     assert 2 * before[second] < louder[second]
-    assert silent[second] == 0 < silent[first]
+    assert silent[second] < 1e-6 < silent[first]  # rounding depends on the batch
 
 
 def test_the_model_is_as_it_was() -> None:

@@ -55,7 +55,7 @@ def run_both(spec: KernelSpec, x: Inputs, block_m: int = 16) -> list[torch.Tenso
 # Numbers
 
 
-@pytest.mark.parametrize(("number", "style"), enumerate(STYLES))
+@pytest.mark.parametrize(("number", "style"), [*enumerate(STYLES)])
 def test_both_algorithms_agree_with_the_definition(number: int, style: str) -> None:
     """In one dtype each: what depends on it is layouts, which `test_triton_layouts` pairs."""
     dtype = list(TOLERANCE)[number % len(TOLERANCE)]
