@@ -22,7 +22,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -38,7 +38,7 @@ from benchmarks.offload import REFERENCE
 from benchmarks.offload_contenders import Contender, new_contender
 from benchmarks.timing import machine, table
 from benchmarks.widened import widen
-from moecc.generate import Timing, generate
+from moecc.generate import Difference, Timing, find_difference, generate
 from moecc.lenders import banks_of, bound_to
 from moecc.runtime.depth import Depth
 from moecc.runtime.schemes.scheme import SCHEMES
@@ -75,6 +75,9 @@ class Row:
     tokens_per_pass: float | None = None
     megabytes_per_token: float
     same_tokens: bool
+    tied: bool
+    """Where tokens differ from plain decoding first, the two choices' logits are equal but for
+    rounding (`moecc.generate.find_difference`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -159,7 +162,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
                         for number in range(1 + arguments.rounds):
                             for one in runners.values():
                                 one.round(model, ids, arguments.new_tokens, number > 0)
-                    found = [_row(name, one, plain, cell) for name, one in runners.items()]
+                    found = [
+                        _row(name, one, plain, cell, partial(find_difference, model, ids, plain))
+                        for name, one in runners.items()
+                    ]
                     _print(found, cell)
                     rows += found
     return rows
@@ -215,7 +221,14 @@ def corrupted(share: float, vocabulary: int) -> Generator[None]:
         yield
 
 
-def _row(name: str, runner: Runner, plain: Timing, cell: dict[str, Any]) -> Row:
+def _row(
+    name: str,
+    runner: Runner,
+    plain: Timing,
+    cell: dict[str, Any],
+    difference: Callable[[Timing], Difference],
+) -> Row:
+    different = [one for one in runner.timings if one.tokens != plain.tokens]
     rates = [one.decode_rate for one in runner.timings]
     about = runner.about
     drafted = about is not None and about.drafted > 0
@@ -228,7 +241,8 @@ def _row(name: str, runner: Runner, plain: Timing, cell: dict[str, Any]) -> Row:
         accepted=about.accepted / about.drafted if about and drafted else None,
         tokens_per_pass=about.tokens / about.cycles if about else None,
         megabytes_per_token=runner.read / sum(len(one.tokens) for one in runner.timings) / 1e6,
-        same_tokens=all(one.tokens == plain.tokens for one in runner.timings),
+        same_tokens=not different,
+        tied=all(difference(one).is_tie for one in different),
     )
 
 
@@ -249,7 +263,11 @@ def _print(rows: Sequence[Row], cell: dict[str, Any]) -> None:
     lost = 1 - auto / best.tokens_per_second
     print(f"auto gives {lost:.1%} less than the best, {best.contender}")
     different = [row.contender for row in rows if not row.same_tokens]
-    print(f"tokens differ: {different}" if different else "all gave the same tokens", flush=True)
+    wrong = [row.contender for row in rows if not row.tied]
+    said = (
+        f"tokens differ where logits tie: {different}" if different else "all gave the same tokens"
+    )
+    print(f"tokens are wrong: {wrong}" if wrong else said, flush=True)
 
 
 if __name__ == "__main__":
