@@ -147,8 +147,9 @@ def lay_out(
 
     `importance` is that of `packed_tensors`. Raises `InputError` when they cannot be packed.
     """
-    if not all(one.isfinite().all() for one in tensors.values()):
-        raise InputError("its weights hold inf or NaN")
+    for name, matrix in tensors.items():
+        if not matrix.isfinite().all():
+            raise InputError(f"its {name} weights hold inf or NaN")
     parts: Mapping[str, torch.Tensor | None] = tensors
     if schemes is not None and spec is not None:
         given = (tensors["gate_up"], tensors["down"], None, None, tensors.get("up"), None)
