@@ -71,6 +71,9 @@ class _Observer:
     def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
         """Do nothing."""
 
+    def recall(self, tokens: torch.Tensor, active: int) -> None:
+        """Do nothing."""
+
 
 def load_one_by_one(folder: Path, dtype: torch.dtype | str, *, products: bool = False) -> OneByOne:
     """Load the model of a checkpoint so; `products` are those of `Importance`.
