@@ -26,7 +26,7 @@ from moecc.runtime.offload.stand_in import lender_of
 from moecc.runtime.schemes.scheme import Schemes
 from moecc.runtime.shared import add_shared
 from moecc.runtime.twins import is_foreseen, twin_of
-from moecc.runtime.watch import Use, uses
+from moecc.runtime.watch import Use, watchers
 
 ExpertsFn = Callable[
     [
@@ -99,7 +99,7 @@ def run_experts(
         )
     calls[kernel] += 1
     run, adder_for = found
-    for watcher in uses:
+    for watcher in watchers():
         use = Use(kernel=kernel, active=ids.shape[1], gate_up=gate_up, down=down, up=up)
         watcher.append(use)
     lender = twin_of(gate_up) or lender_of(gate_up)

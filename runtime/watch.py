@@ -1,5 +1,6 @@
 """Notice which tensors a model's blocks read their experts from, while it runs."""
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,16 +28,26 @@ class Use:
         return {name: one for name, one in found.items() if one is not None}
 
 
-uses: list[list[Use]] = []
-"""Of everyone who watches at the moment."""
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.watchers: list[list[Use]] = []
+
+
+_thread = _Thread()
+
+
+def watchers() -> list[list[Use]]:
+    """List what everyone who watches this thread has collected."""
+    return _thread.watchers
 
 
 @contextmanager
 def watching() -> Generator[list[Use]]:
-    """Collect what every call in this process reads, meanwhile."""
+    """Collect what every call in this thread reads, meanwhile."""
     mine: list[Use] = []
-    uses.append(mine)
+    _thread.watchers.append(mine)
     try:
         yield mine
     finally:
-        uses[:] = [one for one in uses if one is not mine]  # equal ones may be others'
+        # equal ones may be others'
+        _thread.watchers[:] = [one for one in _thread.watchers if one is not mine]

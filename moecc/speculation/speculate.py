@@ -99,9 +99,9 @@ class _Loop:
         self._config, self._streamer = config, streamer
         self._sample: bool = config.do_sample
         self._logits: list[torch.Tensor] = []
-        """Of every new token [V]."""
+        """Of every new token [V], where they are wanted."""
         self._scores: list[torch.Tensor] = []
-        """The same, processed."""
+        """Processed ones, likewise."""
 
     def run(
         self,
@@ -194,12 +194,14 @@ class _Loop:
             scores.append(self._score(text[:, : ids.shape[1] + place], one))
         tokens = accept(proposal, torch.stack(scores), self._sample)
         for count, token in enumerate(tokens, 1):
-            self._logits.append(logits[count - 1])
-            self._scores.append(scores[count - 1])
+            if self._config.output_logits:
+                self._logits.append(logits[count - 1])
+            if self._config.output_scores:
+                self._scores.append(scores[count - 1])
             if self._streamer is not None:
                 self._streamer.put(token.unsqueeze(0).cpu())
             ids = torch.cat((ids, token.view(1, 1)), dim=1)
-            if bool(self._stop(ids, tuple(one.unsqueeze(0) for one in self._scores[-1:]))):
+            if bool(self._stop(ids, (scores[count - 1].unsqueeze(0),))):
                 return tokens[:count], True
         return tokens, False
 
