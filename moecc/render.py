@@ -88,8 +88,8 @@ def print_speculation(speculation: dict[str, Any], console: Console) -> None:
             f"  k={one['k']}: {one['tokens']:.2f} tokens / {one['seconds'] * 1e3:.1f} ms{chosen}",
             highlight=False,
         )
-    if speculation["blocks_without_copy"]:
-        calls = speculation["blocks_without_copy"]
+    if speculation["calls_without_copy"]:
+        calls = speculation["calls_without_copy"]
         console.print(f"  {calls} calls drafted with a block's own weights: it has no copy")
 
 

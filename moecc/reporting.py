@@ -61,7 +61,7 @@ class Report:
     experts: ExpertsReport | None
     """Where experts live that are not in the model's own tensors (`moecc.load`)."""
     speculation: tuple[dict[str, Any], ...]
-    """Of each source of drafts: source, copied_bytes, blocks_without_copy (calls that drafted with
+    """Of each source of drafts: source, copied_bytes, calls_without_copy (calls that drafted with
     a block's own weights), cycles, drafted, accepted, tokens, chances (of the i-th drafted token
     where those before it stayed), k, depths (k, tokens, seconds, rate: what each would give)"""
     notes: tuple[str, ...]

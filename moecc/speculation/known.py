@@ -45,7 +45,7 @@ class Speculation:
         return {
             "source": self.source,
             "copied_bytes": self.copied,
-            "blocks_without_copy": self.twins.missing,
+            "calls_without_copy": self.twins.missing,
             "cycles": self.cycles,
             "drafted": self.drafted,
             "accepted": self.accepted,

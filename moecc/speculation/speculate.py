@@ -38,7 +38,7 @@ def speculate(
     model's experts are copied once, and the model drafts with these copies and tells its cache of
     experts which ones the verification will need; another transformers model with the same tokens;
     or "prompt", what followed the latest tokens where they stood before. Copies take their bytes
-    from `expert_memory`, where experts have a budget.
+    from `expert_memory`, where experts have a budget, and keep them.
 
     `k` is how many tokens to draft, or "auto": as many as pay by the measured times, up to `most`,
     or none. A model can be compiled or not; its batch is one text. A `streamer` has to be given

@@ -12,7 +12,6 @@ import moecc
 from moecc import backend, capture
 from moecc.passes.options import Options
 from moecc.runtime.errors import InputError, OptionError
-from moecc.runtime.offload.bank import Bank
 from moecc.runtime.twins import drafting, twin_of
 from moecc.speculation.accept import Proposal
 from moecc.speculation.drafts import SelfDraft
@@ -301,12 +300,3 @@ def test_what_it_cannot_generate_is_refused() -> None:
     plain = tiny()
     with pytest.raises(InputError, match=r"moecc\.load"):
         plain.generate(IDS, custom_generate=moecc.speculate(), **SETTINGS)
-
-
-def test_a_bank_of_another_model_is_left_alone(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path)
-    one, other = (loaded(tmp_path, expert_memory="75%") for _ in range(2))
-    one.generate(IDS, custom_generate=moecc.speculate(2), **SETTINGS)
-    assert all(
-        isinstance(bank, Bank) and not bank.pool.trace.counts.requests for bank in banks(other)
-    )
