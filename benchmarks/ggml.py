@@ -1,6 +1,6 @@
 """Run one MoE layer with llama.cpp's kernels: `ggml_mul_mat_id` and what llama.cpp puts around it.
 
-The library comes from PyPI (`pip install libggml-python`) and is driven through its C interface, as
+The library comes from PyPI (`pip install moecc[llama]`) and is driven through its C interface, as
 the public headers declare it. Weights are those of a checkpoint in GGUF: gate, up and down apart.
 """
 

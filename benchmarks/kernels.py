@@ -6,7 +6,7 @@ The floor is the larger of two times: that of a plain read of as many bytes as t
 have, and that of as many FLOPs in float32 `torch.mm`; integer products can go below it. Both are
 timed in turn with the kernels, as what they get changes from minute to minute on a shared machine.
 transformers' contenders are its eager ones at the same dtype, beside low-bit kernels at bf16.
-llama.cpp's kernels are `benchmarks/ggml.py` (`pip install libggml-python`), without its repacking
+llama.cpp's kernels are `benchmarks/ggml.py` (`pip install moecc[llama]`), without its repacking
 of weights at load time.
 """
 
@@ -102,7 +102,7 @@ def main() -> None:
     call = dispatch.measure()
     print(dispatch.describe(call))
     if not ggml.installed():
-        print("llama.cpp is not here: pip install libggml-python")
+        print("llama.cpp is not here: pip install moecc[llama]")
     rows: list[Row] = []
     record: dict[str, object] = {"machine": machine(), "shape": arguments.shape}
     record["dispatch_microseconds"] = call.cost
