@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from moecc.passes.dense_linears import dense_linears
 from moecc.passes.detect_moe import detect_moe
 from moecc.passes.fuse_experts import fuse_experts
+from moecc.passes.fuse_linears import fuse_linears
 from moecc.passes.fuse_routers import fuse_routers
 from moecc.passes.fuse_shared import fuse_shared
 from moecc.passes.insert_prefetch import insert_prefetch
@@ -35,7 +36,8 @@ PIPELINE: tuple[Pass, ...] = (
     lower_attention,
     fuse_shared,  # after lower: kernels for GPUs add shared experts
     fuse_routers,  # after insert_prefetch: predictions copy the model's own router
-    dense_linears,  # last: passes before read routers and shared experts as linear layers
+    dense_linears,  # after these: passes before read routers and shared experts as linear layers
+    fuse_linears,
 )
 
 

@@ -1,4 +1,4 @@
-"""Write a dense layer, y = x W^T + b, and call it.
+"""Write dense layers of the same inputs, y = x W^T + b each, and call them.
 
 Weights are read where the model has them, in bf16 or fp16, or from a low-bit copy that is packed
 on the first call and stays beside them; inputs are rounded then as experts' are (`emit.py`). Sums
@@ -17,7 +17,7 @@ import torch
 from moecc.codegen.native.build import load
 from moecc.codegen.native.emit import TYPES, address, plain, product, template, thread_count
 from moecc.runtime.errors import InputError, UnsupportedSpec
-from moecc.runtime.linear import LinearFn
+from moecc.runtime.linear import LinearsFn
 from moecc.runtime.schemes.copies import Copies
 from moecc.runtime.schemes.packing import pack, panel_bytes, quantize
 from moecc.runtime.schemes.scheme import Scheme
@@ -26,24 +26,31 @@ DTYPES = (torch.bfloat16, torch.float16)
 """What models compute in that a CPU may have to widen first."""
 GRAIN = 16
 """Rows of a packed panel."""
+MOST = 4
+"""Layers that one call computes: q, k and v, or a gate and an up projection, and one besides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearKernel:
-    """What serves every dense layer of a dtype and a scheme."""
+    """What serves all dense layers of a dtype and a scheme."""
 
     key: str
     """Its name in graphs, reports and counters."""
-    run: LinearFn
+    run: LinearsFn
     source: str
+
+
+_pointers, _numbers = ctypes.c_void_p * MOST, ctypes.c_int64 * MOST
 
 
 class _Linear(ctypes.Structure):
     """The arguments of `moecc_linear`; the order of `struct Linear` in linear.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weights", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("T", "K", "N", "row", "threads")),
+        ("x", ctypes.c_void_p),
+        *((name, _pointers) for name in ("weights", "bias", "out")),
+        *((name, _numbers) for name in ("N", "row")),
+        *((name, ctypes.c_int64) for name in ("T", "K", "layers", "threads")),
     ]
 
 
@@ -57,22 +64,33 @@ def emit(dtype: torch.dtype, scheme: Scheme | None = None) -> LinearKernel:
     source = write(dtype, scheme)
     function = _load(source)
 
-    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        _check(dtype, x, weight, bias)
+    def run(
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor]:
+        for weight, bias in zip(weights, biases, strict=True):
+            _check(dtype, x, weight, bias)
         x = plain(x, dtype)
-        bias = None if bias is None else plain(bias, dtype)
-        outputs, inputs = weight.shape
+        inputs = x.shape[-1]
+        biases = [None if bias is None else plain(bias, dtype) for bias in biases]
+        sizes = [weight.shape[0] for weight in weights]
         if scheme is None:
-            stored, row = weight, weight.stride(0)
+            stored, rows = weights, [weight.stride(0) for weight in weights]
         else:
-            stored, row = _copies(scheme).of((weight,)), panel_bytes(inputs, scheme)
-        out = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
-        rows = out.numel() // outputs
-        tensors = map(address, (x, stored, bias, out))
-        call = _Linear(*tensors, rows, inputs, outputs, row, thread_count())
+            stored = [_copies(scheme).of((weight,)) for weight in weights]
+            rows = [panel_bytes(inputs, scheme)] * len(weights)
+        outs = [torch.empty((*x.shape[:-1], size), dtype=dtype) for size in sizes]
+        tokens = outs[0].numel() // sizes[0]
+        call = _Linear(
+            address(x),
+            *(_pointers(*map(address, tensors)) for tensors in (stored, biases, outs)),
+            *(_numbers(*values) for values in (sizes, rows)),
+            *(tokens, inputs, len(weights), thread_count()),
+        )
         if function(ctypes.byref(call)):
-            raise MemoryError(f"a linear layer {[*weight.shape]} of {rows} tokens")
-        return out
+            raise MemoryError(f"linear layers {[[*one.shape] for one in weights]}, {tokens} tokens")
+        return outs
 
     name = str(dtype).removeprefix("torch.")
     emitter = "native" if scheme is None else f"native {scheme}"
@@ -92,7 +110,7 @@ def write(dtype: torch.dtype, scheme: Scheme | None = None) -> str:
         header, kinds = ("quantized.h", "floating.h"), ("uint8_t", product(scheme, 64))
         grain = GRAIN
     facts = f"using Model = {model};\nusing Stored = {kinds[0]};\nusing Product = {kinds[1]};\n"
-    facts += f"constexpr int64_t GRAIN = {grain};"
+    facts += f"constexpr int64_t GRAIN = {grain};\nconstexpr int MOST = {MOST};"
     parts = map(template, ("vec.h", *header, "team.h", "tasks.h"))
     return "\n".join([*parts, facts, template("linear.cpp")])
 

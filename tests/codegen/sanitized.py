@@ -26,9 +26,9 @@ class Found(AssertionError):
 
 def run_sanitized(
     spec: KernelSpec | tuple[Any, ...],
-    *tensors: torch.Tensor | None,
+    *tensors: Any,
     change: tuple[str, str] | None = None,
-) -> torch.Tensor:
+) -> Any:
     """Run a kernel under the sanitizers, with `change` made in its source; give its output.
 
     A tuple is an emitter and what it is given. Raises `Found` when a sanitizer finds something.
@@ -55,10 +55,10 @@ def run_sanitized(
 
 def _call(library: Path, name: str, buffers: dict[int, torch.Tensor], reference: object) -> int:
     layer: ctypes.Structure = reference._obj  # what ctypes.byref was given
-    values = {name: getattr(layer, name) or 0 for name, _ in layer._fields_}
+    values = [(name, value or 0) for name, _ in layer._fields_ for value in _words(layer, name)]
     words = [
         _buffer(buffers[value]) if value in buffers else struct.pack("qq", -1, value)
-        for value in values.values()
+        for _, value in values
     ]
     folder = Path(_HOLDER.name)
     case, result = folder / "case", folder / "result"
@@ -72,10 +72,20 @@ def _call(library: Path, name: str, buffers: dict[int, torch.Tensor], reference:
     )
     if done.returncode:
         raise Found(f"exit {done.returncode}: {done.stderr[:2000]}")
-    if values["out"]:  # there are tokens
-        output = result.read_bytes()
-        ctypes.memmove(values["out"], output, len(output))
+    after = result.read_bytes()
+    for name, place in values:
+        if place in buffers:
+            size = len(_buffer(buffers[place])) - struct.calcsize("qq")
+            if name == "out":
+                ctypes.memmove(place, after, size)
+            after = after[size:]
     return 0
+
+
+def _words(layer: ctypes.Structure, name: str) -> list[int | None]:
+    """Give the numbers and pointers that a field holds, one or an array of them."""
+    field = getattr(layer, name)
+    return [*field] if isinstance(field, ctypes.Array) else [field]
 
 
 def _buffer(tensor: torch.Tensor) -> bytes:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from moecc.codegen.native import isa, linear
 from moecc.runtime import linear as operator
 from moecc.runtime.errors import InputError, UnsupportedSpec
 from moecc.runtime.schemes.packing import dequantize, quantize
-from moecc.runtime.schemes.scheme import SCHEMES
+from moecc.runtime.schemes.scheme import SCHEMES, Scheme
 from tests.codegen.sanitized import Found, run_sanitized
 from tests.models import relative_error
 
@@ -30,6 +32,23 @@ Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 def make_layer(dtype: torch.dtype, tokens: int, k: int, n: int, bias: bool = True) -> Layer:
     x, weight = torch.randn(tokens, k), torch.randn(n, k) / k**0.5
     return x.to(dtype), weight.to(dtype), torch.randn(n).to(dtype) if bias else None
+
+
+def runner(dtype: torch.dtype, *scheme: Scheme) -> Callable[..., torch.Tensor]:
+    """Give a kernel as a function of one layer."""
+    run = linear.emit(dtype, *scheme).run
+    return lambda x, weight, bias: run(x, (weight,), (bias,))[0]
+
+
+def sanitized(layer: Layer, *given: object, change: tuple[str, str] | None = None) -> torch.Tensor:
+    x, weight, bias = layer
+    return run_sanitized((linear, *given), x, (weight,), (bias,), change=change)[0]
+
+
+def several(dtype: torch.dtype, tokens: int, k: int) -> tuple[Any, Any, Any]:
+    """Make inputs, and weights and biases of as many layers as one call takes."""
+    layers = [make_layer(dtype, tokens, k, n, n != 33) for n in (1, 150, 33, 16)]
+    return layers[0][0], [one[1] for one in layers], [one[2] for one in layers]
 
 
 def assert_exact(got: torch.Tensor, layer: Layer) -> None:
@@ -59,7 +78,7 @@ def test_computes_what_float64_says(machine, dtype, tokens, k, n, bias, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXXFLAGS", f"{os.environ.get('CXXFLAGS', '')} -march={machine}")
         linear._load.cache_clear()
-        out = linear.emit(dtype).run(*layer)
+        out = runner(dtype)(*layer)
     linear._load.cache_clear()
     assert out.shape == (tokens, n)
     assert_exact(out, layer)
@@ -69,7 +88,7 @@ def test_computes_what_float64_says(machine, dtype, tokens, k, n, bias, seed):
 @pytest.mark.parametrize(("k", "n"), [(700, 130), (5001, 50), (64, 1000)])
 def test_a_token_does_not_depend_on_the_batch_or_on_the_threads(dtype, k, n):
     layer = x, weight, bias = make_layer(dtype, 130, k, n)
-    run = linear.emit(dtype).run
+    run = runner(dtype)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -96,7 +115,7 @@ def test_low_bits_compute_what_codes_stand_for(name, machine, monkeypatch):
     monkeypatch.setenv("CXXFLAGS", f"{os.environ.get('CXXFLAGS', '')} -march={machine}")
     linear._load.cache_clear()
     scheme, (x, weight, bias) = SCHEMES[name], make_layer(torch.bfloat16, 53, 300, 77)
-    run = linear.emit(torch.bfloat16, scheme).run
+    run = runner(torch.bfloat16, scheme)
     linear._load.cache_clear()
     together = run(x, weight, bias)
     codes = dequantize(quantize(weight, scheme), scheme)[:, :300].bfloat16()
@@ -109,17 +128,29 @@ def test_low_bit_copies_are_packed_once_and_again_after_a_write(monkeypatch):
     packed, pack = [], linear.pack
     monkeypatch.setattr(linear, "pack", lambda *given: packed.append(1) or pack(*given))
     x, weight, _ = make_layer(torch.float32, 2, 64, 32)
-    runs = [linear.emit(torch.float32, SCHEMES["int8"]).run for _ in range(2)]  # of two graphs
+    runs = [runner(torch.float32, SCHEMES["int8"]) for _ in range(2)]  # of two graphs
     first = [run(x, weight, None) for run in runs]
     weight.mul_(2)
     assert torch.allclose(runs[0](x, weight, None), 2 * first[1])
     assert len(packed) == 2
 
 
+@pytest.mark.parametrize("scheme", [(), (SCHEMES["int8"],)], ids=["bf16", "int8"])
+@pytest.mark.parametrize("tokens", [0, 1, 50])
+def test_layers_of_one_call_have_the_bits_of_calls_of_their_own(scheme, tokens):
+    x, weights, biases = several(torch.bfloat16, tokens, 77)
+    together = linear.emit(torch.bfloat16, *scheme).run(x, weights, biases)
+    run = runner(torch.bfloat16, *scheme)
+    for out, weight, bias in zip(together, weights, biases, strict=True):
+        assert torch.equal(out, run(x, weight, bias))
+    watched = run_sanitized((linear, torch.bfloat16, *scheme), x, weights, biases)
+    assert all(map(torch.equal, watched, together))
+
+
 @pytest.mark.parametrize("dtype", linear.DTYPES, ids=str)
 def test_tensors_may_lie_anywhere(dtype):
     layer = x, weight, bias = make_layer(dtype, 6, 40, 24)
-    run = linear.emit(dtype).run
+    run = runner(dtype)
     plain = run(*layer)
     apart = torch.zeros(48, 43, dtype=dtype)[::2, 3:]  # every other row, from an odd element on
     apart.copy_(weight)
@@ -131,7 +162,7 @@ def test_tensors_may_lie_anywhere(dtype):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_token(bad):
     x, weight, bias = make_layer(torch.bfloat16, 9, 40, 24)
-    run = linear.emit(torch.bfloat16).run
+    run = runner(torch.bfloat16)
     clean = run(x, weight, bias)
     x[4, 7] = bad
     out = run(x, weight, bias)
@@ -142,12 +173,12 @@ def test_what_is_not_finite_stays_in_its_token(bad):
 
 def test_subnormal_values_count():
     x = torch.full((1, 64), 1e-5).half()
-    assert linear.emit(torch.float16).run(x, torch.full((1, 64), 3e-6).half() * 64, None) > 0
+    assert runner(torch.float16)(x, torch.full((1, 64), 3e-6).half() * 64, None) > 0
 
 
 def test_an_input_that_does_not_fit_is_named():
     x, weight, bias = make_layer(torch.bfloat16, 5, 40, 24)
-    run = linear.emit(torch.bfloat16).run
+    run = runner(torch.bfloat16)
     with pytest.raises(InputError, match=r"x is torch.bfloat16 \[5, 39\].*takes .*\[.., 40\]"):
         run(x[:, 1:], weight, bias)
     with pytest.raises(InputError, match=r"weight is .*strides \[1, 24\].*rows contiguous"):
@@ -162,11 +193,13 @@ def test_an_input_that_does_not_fit_is_named():
         linear.emit(torch.float32)
 
 
-def test_the_operator_and_its_fake_agree():
+def test_the_operators_and_their_fakes_agree():
     kernel, layer = linear.emit(torch.float16), make_layer(torch.float16, 6, 40, 24)
     operator.install(kernel.key, kernel.run)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moecc.linear.default, (*layer, kernel.key), test_utils=checks)
+    layers = (*several(torch.float16, 6, 40), kernel.key)
+    torch.library.opcheck(torch.ops.moecc.linears.default, layers, test_utils=checks)
     with pytest.raises(InputError, match="'another' is not installed in this process"):
         torch.ops.moecc.linear(*layer, "another")
 
@@ -178,23 +211,21 @@ def test_the_sanitizers_find_nothing(dtype, machine, monkeypatch):
     for tokens, k, n in SHAPES:
         for bias in (False, True):
             layer = make_layer(dtype, tokens, k, n, bias)
-            assert_exact(run_sanitized((linear, dtype), *layer), layer)
+            assert_exact(sanitized(layer, dtype), layer)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8-b128"])
 def test_the_sanitizers_find_nothing_in_low_bits(name):
     for tokens, k, n in SHAPES:
         layer = make_layer(torch.bfloat16, tokens, k, n)
-        want = linear.emit(torch.bfloat16, SCHEMES[name]).run(*layer)
-        assert torch.equal(run_sanitized((linear, torch.bfloat16, SCHEMES[name]), *layer), want)
+        want = runner(torch.bfloat16, SCHEMES[name])(*layer)
+        assert torch.equal(sanitized(layer, torch.bfloat16, SCHEMES[name]), want)
 
 
 def test_the_sanitizers_find_a_planted_mistake():
-    change = ("std::min(width, layer.N - from)", "width")
+    change = ("std::min(width, call.N[layer] - from)", "width")
     with pytest.raises(Found, match="heap-buffer-overflow"):
-        run_sanitized(
-            (linear, torch.bfloat16), *make_layer(torch.bfloat16, 3, 40, 25), change=change
-        )
+        sanitized(make_layer(torch.bfloat16, 3, 40, 25), torch.bfloat16, change=change)
 
 
 @pytest.mark.parametrize(
