@@ -24,7 +24,7 @@ from moecc.runtime.offload.store import Read, Store
 from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
 MANIFEST = "moecc.json"
-FORMAT = 1
+FORMAT = 2
 """Of the manifest, the shards and the packing of codes; a reader takes no other."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
