@@ -1,0 +1,118 @@
+"""Gather everything that `moecc report` shows, and write it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moecc import __version__, inspection, planning
+from moecc.passes.options import parse_memory
+from moecc.report_html import caching, graphs, planned, roofline, routing, summary
+from moecc.report_html.caching import Caching
+from moecc.report_html.graphs import Graphs
+from moecc.report_html.page import Section, command, page
+from moecc.report_html.planned import Planned
+from moecc.report_html.roofline import Roofline
+from moecc.report_html.routing import Routing
+from moecc.reporting import GraphReport, graph_report
+from moecc.runtime.offload import recording
+from moecc.runtime.offload.profile import Profile
+
+MOST_MACHINES = 4
+"""That pictures have colours for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What the pages' pictures show."""
+
+    model: str
+    graphs: tuple[GraphReport, ...]
+    changes: Graphs
+    rooflines: tuple[Roofline, ...]
+    planned: Planned | None
+    """With a budget of memory."""
+    routing: Routing | None
+    """With a trace."""
+    caching: Caching | None
+    trace: str
+    """The file, or nothing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain values, without pictures."""
+        return {
+            "model": self.model,
+            "version": __version__,
+            "torch": torch.__version__,
+            "graphs": [asdict(one) for one in self.graphs],
+            **self.changes.to_dict(),
+            "rooflines": [asdict(one) for one in self.rooflines],
+            "plan": self.planned and self.planned.to_dict(),
+            "routing": self.routing and asdict(self.routing),
+            "cache": self.caching and asdict(self.caching),
+        }
+
+
+def gather(
+    model: str,
+    profiles: Sequence[Profile],
+    *,
+    memory: str = "",
+    trace: str = "",
+    quantize: str = "",
+    kernels: str = "auto",
+    dtype: str = "auto",
+) -> Data:
+    """Compile a MODEL of the command line as `moecc passes` does, plan for it and read its trace.
+
+    Raises what these do: `ModelError`, `OptionError`, `StoreError`.
+    """
+    recorded = recording.read(Path(trace)) if trace else None
+    plan = None
+    if (budget := parse_memory(memory or None)) is not None:
+        plan = planning.run(model, budget, profiles, quantize or None, trace or None, dtype)
+    records = inspection.inspect(model, kernels, dtype).records
+    blocks = {one.path: one for record in records for one in record.blocks}
+    return Data(
+        model=model,
+        graphs=tuple(map(graph_report, records)),
+        changes=graphs.gather(model, records),
+        rooflines=roofline.gather(list(blocks.values()), profiles),
+        planned=plan and planned.gather(plan, profiles),
+        routing=recorded and routing.gather(recorded),
+        caching=recorded and caching.gather(recorded),
+        trace=trace,
+    )
+
+
+def html(data: Data) -> str:
+    """Write the page."""
+    sections = [summary.section(data.model, data.graphs), graphs.section(data.changes)]
+    sections += [roofline.section(data.rooflines)] if data.rooflines else []
+    sections += [planned.section(data.planned)] if data.planned else []
+    sections += [routing.section(data.routing)] if data.routing else []
+    sections += [caching.section(data.caching, data.trace)] if data.caching else []
+    if missing := _missing(data):
+        sections.append(Section(key="absent", title="Not in this report", html=missing))
+    loads = {"loads": data.routing.loads, "names": data.routing.names} if data.routing else {}
+    return page(
+        f"moecc report: {data.model}",
+        f"moecc {__version__} · torch {torch.__version__}",
+        sections,
+        {"walk": graphs.walk(data.changes), **loads},
+    )
+
+
+def _missing(data: Data) -> str:
+    """Name the commands that give what is not there."""
+    again = f"moecc report {data.model} -o report.html"
+    lines = ""
+    if data.planned is None:
+        lines += command(f"{again} --memory 25%", "What fits a budget of memory, and how fast:")
+    if data.routing is None:
+        trace = f'moecc trace {data.model} -p "some text" -o t.jsonl --expert-memory 25%'
+        lines += command(trace, "Expert load and the cache need a checkpoint's trace:")
+        lines += command(f"{again} --trace t.jsonl", "and then")
+    return lines
