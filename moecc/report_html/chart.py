@@ -56,8 +56,8 @@ class Chart:
     y: Axis
     title: str
     """Said to those who cannot see it."""
-    width: float = 760
-    height: float = 330
+    width: float = 1120
+    height: float = 360
     parts: list[str] = field(default_factory=list[str])
 
     def place(self, point: Point) -> Point:
@@ -92,13 +92,10 @@ class Chart:
             f"{title}</rect>"
         )
 
-    def label(self, point: Point, text: str, kind: str = "", dy: float = -8) -> None:
-        """Write beside a point, on the side where there is room."""
+    def label(self, point: Point, text: str) -> None:
+        """Write below a point."""
         x, y = self.place(point)
-        end = x > self.width * 0.6
-        side, x = ("end", x - 6) if end else ("start", x + 6)
-        text = escape(text)
-        self.parts.append(f'<text class="{kind} {side}" x="{x:.1f}" y="{y + dy:.1f}">{text}</text>')
+        self.parts.append(f'<text class="note" x="{x:.1f}" y="{y + 19:.1f}">{escape(text)}</text>')
 
     def svg(self) -> str:
         """Write the axes, and everything on them."""
@@ -155,3 +152,9 @@ def nice(value: float) -> float:
         return 1.0
     size = 10 ** math.floor(math.log10(value))
     return next(size * n for n in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if size * n >= value)
+
+
+def amount(size: float) -> str:
+    """Write a number of bytes."""
+    scale, unit = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    return f"{size / scale:,.1f} {unit}"

@@ -117,7 +117,7 @@ def section(graphs: Graphs) -> Section:
         for number, svg in enumerate(graphs.pictures)
     )
     told = (
-        "<p>Each pass that changed the graph, before and after. Boxes with a double edge open: "
+        "<p>Each pass that changed the graph, before and after. Boxes with a thick grey edge open: "
         "modules of the model, MoE blocks coloured, neighbours that compute alike folded into one "
         "(×n shows the first). What the pass took away or wrote is marked. Choose any box to read "
         "its line.</p>"

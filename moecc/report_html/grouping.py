@@ -186,8 +186,9 @@ def groups_in(group: Group, place: tuple[str, ...] = ()) -> dict[tuple[str, ...]
 
 
 def focus(group: Group) -> tuple[str, ...]:
-    """Find the place where all changes are: as deep as one group holds them."""
+    """Find the first place where a node has changed, not only groups of nodes."""
     altered = [one for one in group.members if one.changed]
-    if len(altered) == 1 and isinstance(altered[0], Group):
-        return (altered[0].key, *focus(altered[0]))
-    return ()
+    if not altered or any(isinstance(one, Op) for one in altered):
+        return ()
+    first = next(one for one in altered if isinstance(one, Group))
+    return (first.key, *focus(first))

@@ -80,11 +80,8 @@ def draw(
 
 
 def _pill(line: Line) -> Box:
-    where = line.path.removeprefix("model.")
-    name = f"{line.name}  {where}" if where else line.name
-    return Box(
-        kind="pill", rows=tuple(map(_short, filter(None, (name, line.made)))), text=line.text
-    )
+    rows = tuple(_short(row, 26) for row in (line.name, line.made) if row)
+    return Box(kind="pill", rows=rows, text=line.text)
 
 
 def _box(member: Member, blocks: Mapping[str, str]) -> Box:
@@ -105,15 +102,19 @@ def _holds(group: Group, path: str) -> bool:
 
 def _op(op: Op, marks: str) -> Box:
     line = op.line
-    owned = [name.rpartition(".") for name in line.inputs if name.startswith("@")]
-    weight = ".".join((owned[0][0].rpartition(".")[2], owned[0][2])) if owned else ""
-    name = f"{line.target} · {weight.lstrip('@.')}" if len(owned) == 1 else line.target
+    owned = [name.lstrip("@").split(".") for name in line.inputs if name.startswith("@")]
+    name = f"{line.target} · {_weight(owned[0])}" if len(owned) == 1 else line.target
     own = " own" if line.target.startswith("moecc.") else ""
     return Box(
         kind=f"op{own}{marks}",
         rows=tuple(map(_short, filter(None, (name, line.made)))),
         text=line.text,
     )
+
+
+def _weight(path: Sequence[str]) -> str:
+    """Name a tensor of the model, `gate_up_proj`, or its module where it is but the `weight`."""
+    return path[-2] if path[-1] == "weight" and len(path) > 1 else path[-1]
 
 
 def _short(text: str, most: int = _LONGEST) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moecc.codegen.decode_cost import curves, formulas
 from moecc.planning import Plan
-from moecc.report_html.chart import Axis, Chart, legend, nice
+from moecc.report_html.chart import Axis, Chart, amount, legend, nice
 from moecc.report_html.page import Section, details, table, tiles
 from moecc.runtime.offload.profile import Profile
 
@@ -54,9 +54,9 @@ def section(planned: Planned) -> Section:
     total = sum(block.demand.bytes for block in plan.blocks)
     figures = tiles(
         [
-            ("experts in memory", f"{plan.slot_bytes / 1e9:,.2f} GB", ""),
-            ("of", f"{total / 1e9:,.2f} GB", ""),
-            ("other weights", f"{plan.other_bytes / 1e9:,.2f} GB", ""),
+            ("experts in memory", amount(plan.slot_bytes), ""),
+            ("of all experts", amount(total), ""),
+            ("other weights", amount(plan.other_bytes), ""),
             ("hit rate", f"{plan.hits[0]:.0%} – {plan.hits[1]:.0%}", ""),
         ]
     )

@@ -127,8 +127,10 @@ def _draw(one: Roofline) -> str:
                 rate = f"{point.rate / 1e12:.3g} TFLOP/s"
                 told = f"{roof.profile}: {point.tokens} tokens, {rate}"
                 chart.dot(at, f"s{number}", told)
-                if not number:
-                    chart.label(at, f"T={point.tokens}", "note", dy=16)
+    for at, tokens in enumerate(_TOKENS):
+        if tokens in _SHOWN:
+            low = min((roof.points[at] for roof in one.roofs), key=lambda point: point.rate)
+            chart.label((low.intensity, low.rate / 1e12), f"T={tokens}")
     entries = [(f"key s{number}", roof.profile) for number, roof in enumerate(one.roofs)]
     return chart.svg() + legend([*entries, ("key roof", "roof")])
 

@@ -108,8 +108,8 @@ def section(routing: Routing) -> Section:
 def _heatmap(routing: Routing) -> str:
     """Draw a row for each block, a column for each expert; one path for each level of colour."""
     most = max(map(len, routing.loads))
-    cell = max(5.0, min(22.0, 860 / most))
-    tall = max(cell, 10.0)
+    cell = max(5.0, min(30.0, 1000 / most))
+    tall = max(min(cell, 22.0), 11.0)
     labels = [_label(name) for name in routing.names]
     left = max(map(len, labels)) * 6.2 + 8
     top, height = 22.0, tall * len(routing.loads)
@@ -123,12 +123,10 @@ def _heatmap(routing: Routing) -> str:
             box = f"M{x:.1f} {y:.1f}h{cell - 1:.1f}v{tall - 1:.1f}h{1 - cell:.1f}z"
             paths.setdefault(level, []).append(box)
     cells = "".join(f'<path class="q{at}" d="{"".join(some)}"/>' for at, some in paths.items())
-    every = max(1, math.ceil(11 / tall))
     names = "".join(
         f'<text class="tick end" x="{left - 6:.0f}" y="{top + tall * (row + 0.5) + 4:.1f}">'
         f"{escape(label)}</text>"
         for row, label in enumerate(labels)
-        if row % every == 0
     )
     step = next(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n * cell >= 30 or n >= most)
     numbers = "".join(

@@ -4,11 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from moecc.report_html.page import Section, command, details, table, tiles
+from moecc.report_html.page import Section, command, table, tiles
 from moecc.reporting import GraphReport
-
-_FOLDED = 8
-"""Rows of a table that are shown without being asked for."""
 
 
 def section(model: str, graphs: Sequence[GraphReport]) -> Section:
@@ -54,23 +51,25 @@ def _passes(graphs: Sequence[GraphReport]) -> str:
 
 
 def _blocks(blocks: Sequence[dict[str, Any]]) -> str:
+    """Write a row for all blocks that are alike."""
     sizes = ("experts", "active", "hidden_size", "intermediate")
+    paths: dict[tuple[object, ...], list[str]] = {}
+    for block in blocks:
+        described = (
+            block["style"], block["source"], *(block[name] for name in sizes), block["dtype"],
+            block["activation"], block["router"]["text"] if block["router"] else "not described",
+            block["shared"]["text"] if block["shared"] else "none",
+        )  # fmt: skip
+        paths.setdefault(described, []).append(block["path"])
     rows = [
-        (
-            block["path"], block["style"], block["source"], *(block[name] for name in sizes),
-            block["dtype"], block["activation"],
-            block["router"]["text"] if block["router"] else "not described",
-            block["shared"]["text"] if block["shared"] else "–",
-        )
-        for block in blocks
-    ]  # fmt: skip
+        (f"{first} and {len(more)} more" if more else first, *described)
+        for described, (first, *more) in paths.items()
+    ]
     heads = (
         "block", "style", "source", "E", "K", "H", "I", "dtype", "activation", "router",
         "shared expert",
     )  # fmt: skip
-    shown = table(heads, rows[:_FOLDED])
-    more = rows[_FOLDED:]
-    return shown + (details(f"{len(more)} more blocks", table(heads, more)) if more else "")
+    return table(heads, rows)
 
 
 def _kernels(graphs: Sequence[GraphReport]) -> str:
