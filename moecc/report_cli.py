@@ -45,7 +45,8 @@ def report(
     """Write what moecc does to MODEL as one HTML file that needs no network.
 
     Graphs before and after each pass, a roofline, with --memory a plan, and with --trace the load
-    of experts and what their cache did.
+    of experts and what their cache did. Exit status 1 if no MoE block was found or something fell
+    back.
     """
     from moecc.report_html import report as reports
     from moecc.runtime.offload import profile as profiles
@@ -71,3 +72,5 @@ def report(
         output.write_text(text, encoding="utf-8")
         size = f"{len(text) / 1e6:.1f} MB"
         Console(stderr=True).print(f"{output}: {size}", markup=False, highlight=False)
+    if data.has_problem:
+        raise typer.Exit(1)

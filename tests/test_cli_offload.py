@@ -165,23 +165,3 @@ def test_a_measured_profile_simulates_the_run(
     text = invoke("replay", run, "--profile", "a100-pcie4")
     assert "tokens/s" in text
     assert "belady" in text
-
-
-def test_a_report_shows_what_the_engine_counted(run: Path, tmp_path: Path) -> None:
-    page = tmp_path / "r.html"
-    args = ("report", REFERENCE, "--trace", run, "--memory", "25%", "-o", page, "--json")
-    data = json.loads(invoke(*args).split("\n}\n")[0] + "\n}")
-    recording = read(run)
-    passes, pools = data["cache"]["passes"], recording.pools
-    assert len(passes) == 12
-    for name in ("asked", "hits"):
-        assert sum(one[name] for one in passes) == sum(getattr(pool, name) for pool in pools)
-    early = sum(one["early_bytes"] for one in passes)
-    assert early == sum(pool.predicted for pool in pools) * recording.blocks[0].size > 0
-    assert data["routing"]["single"]
-    assert [sum(row) for row in data["routing"]["loads"]] == [11 * 4] * 6
-    assert sum(block["slots"] for block in data["plan"]["plan"]["blocks"]) == 8 * 6
-    rates = data["plan"]["curves"][0]
-    assert rates["on_demand"][-1] == pytest.approx(rates["hidden"][-1])
-    for key in ("plan", "experts", "cache", "roofline"):
-        assert f'<section id="{key}">' in page.read_text()

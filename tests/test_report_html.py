@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -15,14 +16,18 @@ from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
 
-from moecc import cli
+from moecc import cli, planning
 from moecc.passes.text import graph_text, value_name
-from moecc.report_html import roofline
+from moecc.report_html import caching, planned, roofline, routing
 from moecc.report_html.grouping import Group, focus, group, groups_in
 from moecc.report_html.layered import place
 from moecc.report_html.listing import changed, parse
 from moecc.report_html.routing import imbalance
+from moecc.runtime.errors import OptionError
 from moecc.runtime.offload import profile as profiles
+from moecc.runtime.offload.plan import Demand
+from moecc.runtime.offload.recording import Pooled, Recording, write
+from moecc.runtime.offload.trace import Request
 from tests.models import GroupedMoe, capture, tokens
 
 FACTORY = """
@@ -83,12 +88,41 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+def recorded(blocks: int, experts: int = 4) -> Recording:
+    """Make up a run of six passes, in which block b asks for experts b and b + 1, or b + 2."""
+    demands = [
+        Demand(name=f"layers.{n}.moe", experts=experts, active=2, size=10) for n in range(blocks)
+    ]
+    events = tuple(
+        Request(
+            block=block,
+            tokens=1 if step else 8,
+            experts=tuple(sorted({block % experts, (block + 1 + step % 2) % experts})),
+            hits=0,
+        )
+        for step in range(6)
+        for block in range(blocks)
+    )
+    return Recording(
+        model="made up",
+        policy="lru",
+        blocks=tuple(Demand(name=one, experts=experts, active=2, size=10) for one in names),
+        pool_of=tuple(range(blocks)),
+        pools=(Pooled(slots=2, asked=12, hits=0, predicted=0),) * blocks,
+        other_bytes=0,
+        decode_rate=0.0,
+        events=events,
+    )
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Write the report of a model of five layers, and give its data."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "factory.py").write_text(FACTORY)
+    write(recorded(5), folder / "t.jsonl")
     args = ["report", f"{folder}/factory.py:deep", "-o", f"{folder}/r.html", "--json"]
+    args += ["--trace", f"{folder}/t.jsonl"]
     result = CliRunner().invoke(cli.app, args)
     assert result.exit_code == 0, result.output
     return folder / "r.html", json.loads(result.stdout)
@@ -120,10 +154,10 @@ def test_the_data_is_what_the_passes_did(written: tuple[Path, dict[str, Any]]) -
     assert [one["name"] for one in data["changes"]][:2] == ["fuse_experts", "lower"]
     assert len(data["graphs"][0]["blocks"]) == data["rooflines"][0]["blocks"] == 5
     assert "+%experts = moecc.experts(" in data["changes"][0]["diff"]
-    assert data["plan"] is data["routing"] is data["cache"] is None
-    text = written[0].read_text()
-    for absent in ("--memory 25%", "--trace t.jsonl"):
-        assert absent in text
+    assert len(data["routing"]["loads"]) == 5
+    assert len(data["cache"]["passes"]) == 6
+    assert data["plan"] is None
+    assert "--memory 25%" in written[0].read_text()
 
 
 def test_a_browser_shows_it_without_an_error(written: tuple[Path, dict[str, Any]]) -> None:
@@ -227,3 +261,40 @@ def test_few_tokens_are_held_back_by_reading_and_many_by_products() -> None:
     assert 0.4 < first.rate / roof.bandwidth < 1
     assert 0.9 < last.rate / roof.peak < 1
     assert last.intensity == pytest.approx(16384 * 8 / 128, rel=0.01)
+
+
+def test_loads_count_decoded_tokens_and_the_cache_every_pass() -> None:
+    run = recorded(2)
+    counted = routing.gather(run)
+    assert counted.single
+    assert counted.loads == ((5, 2, 3, 0), (0, 5, 2, 3))  # without the prefill
+    played = caching.gather(run)
+    assert [one.asked for one in played.passes] == [4] * 6
+    assert [one.hits for one in played.passes] == [0, 2, 2, 2, 2, 2]  # two slots: one stays
+    assert [one.demand_bytes for one in played.passes] == [40, 20, 20, 20, 20, 20]
+    assert played.passes[0].tokens == 8
+
+
+def test_a_plan_is_drawn_between_its_bounds() -> None:
+    machines = [profiles.read("rtx4090")]
+    made = planned.gather(planning.run("qwen3_moe", 0.25, machines), machines)
+    (curve,), rate = made.curves, made.plan.rates[0]
+    assert curve.hidden[-1] == pytest.approx(rate.best.hidden)
+    assert curve.on_demand[-1] == pytest.approx(rate.best.on_demand)
+    assert list(curve.on_demand) == sorted(curve.on_demand)
+    assert 'class="band"' in planned.section(made).html
+
+
+def test_a_trace_of_another_model_is_refused(written: tuple[Path, dict[str, Any]]) -> None:
+    folder = written[0].parent
+    write(recorded(5, experts=8), folder / "other.jsonl")
+    args = ["report", f"{folder}/factory.py:deep", "--json", "--trace", f"{folder}/other.jsonl"]
+    error = CliRunner().invoke(cli.app, args).exception
+    assert isinstance(error, OptionError)
+    assert "'made up'" in str(error)
+
+
+def test_the_command_line_reads_no_page_until_it_writes_one() -> None:
+    loaded = "import sys, moecc.cli; print(sorted(n for n in sys.modules if 'report_html' in n))"
+    ran = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

@@ -14,6 +14,8 @@ _PAD, _ROW = 10.0, 15.0
 _LONGEST = 34
 """Letters in a box."""
 _MARGIN = 8.0
+_LEAST = 0.75
+"""How far a picture shrinks to fit beside the other one, before it scrolls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ def _svg(boxes: Sequence[Box], edges: Sequence[tuple[int, int]], layout: Layout)
     drawn = [_edge(route) for route in layout.routes]
     drawn += [_draw_box(box, *center) for box, center in zip(boxes, layout.centers, strict=True)]
     return (
-        f'<svg class="graph" width="{width:.0f}" height="{height:.0f}" '
+        f'<svg class="graph" width="{width:.0f}" style="min-width:{width * _LEAST:.0f}px" '
         f'viewBox="{-_MARGIN} {-_MARGIN} {width:.0f} {height:.0f}">' + "".join(drawn) + "</svg>"
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moecc import __version__, inspection, planning
+from moecc.passes.ir import MoeBlock
 from moecc.passes.options import parse_memory
 from moecc.report_html import caching, graphs, planned, roofline, routing, summary
 from moecc.report_html.caching import Caching
@@ -17,8 +18,10 @@ from moecc.report_html.planned import Planned
 from moecc.report_html.roofline import Roofline
 from moecc.report_html.routing import Routing
 from moecc.reporting import GraphReport, graph_report
+from moecc.runtime.errors import OptionError
 from moecc.runtime.offload import recording
 from moecc.runtime.offload.profile import Profile
+from moecc.runtime.offload.recording import Recording
 
 MOST_MACHINES = 4
 """That pictures have colours for."""
@@ -39,6 +42,12 @@ class Data:
     caching: Caching | None
     trace: str
     """The file, or nothing."""
+
+    @property
+    def has_problem(self) -> bool:
+        """Tell whether no block was found, or something fell back."""
+        found = any(graph.blocks for graph in self.graphs)
+        return not found or any(miss["fallback"] for one in self.graphs for miss in one.misses)
 
     def to_dict(self) -> dict[str, Any]:
         """Give everything as plain values, without pictures."""
@@ -67,7 +76,8 @@ def gather(
 ) -> Data:
     """Compile a MODEL of the command line as `moecc passes` does, plan for it and read its trace.
 
-    Raises what these do: `ModelError`, `OptionError`, `StoreError`.
+    Raises what these do: `ModelError`, `OptionError`, `StoreError`; also `OptionError` for a trace
+    of another model.
     """
     recorded = recording.read(Path(trace)) if trace else None
     plan = None
@@ -75,6 +85,8 @@ def gather(
         plan = planning.run(model, budget, profiles, quantize or None, trace or None, dtype)
     records = inspection.inspect(model, kernels, dtype).records
     blocks = {one.path: one for record in records for one in record.blocks}
+    if recorded:
+        _check(recorded, list(blocks.values()), trace)
     return Data(
         model=model,
         graphs=tuple(map(graph_report, records)),
@@ -85,6 +97,17 @@ def gather(
         caching=recorded and caching.gather(recorded),
         trace=trace,
     )
+
+
+def _check(recorded: Recording, blocks: Sequence[MoeBlock], trace: str) -> None:
+    """Raise `OptionError` for a trace of a model with other blocks."""
+    theirs = sorted(block.experts for block in recorded.blocks)
+    ours = sorted(block.experts for block in blocks)
+    if theirs != ours:
+        raise OptionError(
+            f"the trace {trace!r} is of {recorded.model!r}, whose blocks have {theirs} experts; "
+            f"this model's have {ours}: record one of its own with moecc trace"
+        )
 
 
 def html(data: Data) -> str:
