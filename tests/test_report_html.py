@@ -90,9 +90,7 @@ class Page(HTMLParser):
 
 def recorded(blocks: int, experts: int = 4) -> Recording:
     """Make up a run of six passes, in which block b asks for experts b and b + 1, or b + 2."""
-    demands = [
-        Demand(name=f"layers.{n}.moe", experts=experts, active=2, size=10) for n in range(blocks)
-    ]
+    names = [f"layers.{number}.moe" for number in range(blocks)]
     events = tuple(
         Request(
             block=block,
