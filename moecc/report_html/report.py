@@ -50,7 +50,12 @@ class Data:
         return not found or any(miss["fallback"] for one in self.graphs for miss in one.misses)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values, without pictures."""
+        """Give everything as plain values, without pictures.
+
+        graphs are those of `moecc passes --json`; changes are graph, name, nodes (before, after) and
+        diff of each pass that changed one; rooflines, plan, routing and cache are the dataclasses of
+        their sections, None where nothing was given to make them of.
+        """
         return {
             "model": self.model,
             "version": __version__,

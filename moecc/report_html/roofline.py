@@ -109,7 +109,7 @@ def _draw(one: Roofline) -> str:
     chart = Chart(
         x=Axis(low=0.5, high=right * 2, label="FLOPs for each byte of weights", log=True),
         y=Axis(
-            low=min(point.rate for point in points) / 1e12 / 2,
+            low=min(point.rate for point in points) / 1e12 / 4,
             high=max(roof.peak for roof in one.roofs) / 1e12 * 2,
             label="TFLOP/s",
             log=True,

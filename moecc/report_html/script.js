@@ -19,15 +19,19 @@ function show(pass, place) {
   const pane = document.querySelector(`[data-pane="${pass}"]`);
   const walk = walks[pass];
   walk.place = place;
+  const shown = new Set();
   for (const side of pane.querySelectorAll(".side")) {
     const views = walk[side.dataset.side];
     const at = reach(views, place);
-    const picture = document.getElementById(`picture-${views.get(at.join(separator))}`);
+    const view = views.get(at.join(separator));
+    const again = shown.has(view) ? "nothing changed here" : "";
+    shown.add(view);
+    const picture = document.getElementById(`picture-${view}`);
     const stage = side.querySelector(".stage");
     stage.replaceChildren(picture.content.cloneNode(true));
-    stage.scrollTop = 0;
+    stage.scrollTo((stage.scrollWidth - stage.clientWidth) / 2, 0);
     side.querySelector("em").textContent = at.length < place.length
-      ? `${place.slice(at.length).join(" › ")} is not there: ${at.at(-1) || "the graph"}` : "";
+      ? `${place.slice(at.length).join(" › ")} is not there: ${at.at(-1) || "the graph"}` : again;
   }
   const crumbs = pane.querySelector(".crumbs");
   crumbs.replaceChildren(...["graph", ...place].flatMap((name, depth) => {
