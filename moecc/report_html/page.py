@@ -35,7 +35,7 @@ def page(title: str, about: str, sections: Sequence[Section], data: dict[str, An
         f'<section id="{one.key}"><h2>{escape(one.title)}</h2>{one.html}</section>'
         for one in sections
     )
-    plain = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    plain = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag begins in it
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -52,9 +52,9 @@ class Data:
     def to_dict(self) -> dict[str, Any]:
         """Give everything as plain values, without pictures.
 
-        graphs are those of `moecc passes --json`; changes are graph, name, nodes (before, after) and
-        diff of each pass that changed one; rooflines, plan, routing and cache are the dataclasses of
-        their sections, None where nothing was given to make them of.
+        graphs are those of `moecc passes --json`; changes are graph, name, nodes (before, after)
+        and diff of each pass that changed one; rooflines, plan, routing and cache are what their
+        sections gather, None where nothing was given to make them of.
         """
         return {
             "model": self.model,
