@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _QUOTED = re.compile(r"'[^']*'")
 _VALUE = re.compile(r"%\w+|@[\w.]+")
-_COMMENT = re.compile(r"(?P<made>\w+\[.*?\])?\s*(?P<path>[\w.]*)$")
+_COMMENT = re.compile(r"(?P<made>\w+\[.*?\])?\s*(?P<path>\S*)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
