@@ -51,8 +51,8 @@ def page(title: str, about: str, sections: Sequence[Section], data: dict[str, An
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Write a table; columns of numbers stand right."""
     right = [
-        all(isinstance(row[at], int | float) or _is_number(str(row[at])) for row in rows)
-        for at in range(len(heads))
+        all(map(_is_number, cells)) and any(cells)
+        for cells in ([str(row[at]) for row in rows] for at in range(len(heads)))
     ]
 
     def row(tag: str, cells: Sequence[object]) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from moecc.report_html.page import Section, command, table, tiles
+from moecc.report_html.page import Section, command, details, table, tiles
 from moecc.reporting import GraphReport
 
 
@@ -33,43 +33,42 @@ def section(model: str, graphs: Sequence[GraphReport]) -> Section:
 
 
 def _passes(graphs: Sequence[GraphReport]) -> str:
-    rows = [
-        (
-            *((number,) if len(graphs) > 1 else ()),
-            step["name"],
-            step["rewrites"] or "–",
-            step["nodes_before"],
-            step["nodes_after"],
-            f"{step['milliseconds']:.1f}",
-            step["note"],
-        )
-        for number, graph in enumerate(graphs)
-        for step in graph.passes
-    ]
+    """Write a table for each graph; of several all but the first are folded away."""
     heads = ("pass", "rewrites", "nodes before", "after", "ms", "")
-    return table((*(("graph",) if len(graphs) > 1 else ()), *heads), rows)
+    tables = [
+        table(
+            heads,
+            [
+                (
+                    step["name"], step["rewrites"] or "–", step["nodes_before"],
+                    step["nodes_after"], f"{step['milliseconds']:.1f}", step["note"],
+                )
+                for step in graph.passes
+            ],
+        )
+        for graph in graphs
+    ]  # fmt: skip
+    if len(tables) == 1:
+        return tables[0]
+    return "".join(details(f"graph {at}", one, not at) for at, one in enumerate(tables))
 
 
 def _blocks(blocks: Sequence[dict[str, Any]]) -> str:
-    """Write a row for all blocks that are alike."""
     sizes = ("experts", "active", "hidden_size", "intermediate")
-    paths: dict[tuple[object, ...], list[str]] = {}
-    for block in blocks:
-        described = (
-            block["style"], block["source"], *(block[name] for name in sizes), block["dtype"],
-            block["activation"], block["router"]["text"] if block["router"] else "not described",
+    described = [
+        (
+            block["path"], block["style"], block["source"], *(block[name] for name in sizes),
+            block["dtype"], block["activation"],
+            block["router"]["text"] if block["router"] else "not described",
             block["shared"]["text"] if block["shared"] else "none",
-        )  # fmt: skip
-        paths.setdefault(described, []).append(block["path"])
-    rows = [
-        (f"{first} and {len(more)} more" if more else first, *described)
-        for described, (first, *more) in paths.items()
-    ]
+        )
+        for block in blocks
+    ]  # fmt: skip
     heads = (
         "block", "style", "source", "E", "K", "H", "I", "dtype", "activation", "router",
         "shared expert",
     )  # fmt: skip
-    return table(heads, rows)
+    return table(heads, _alike(described))
 
 
 def _kernels(graphs: Sequence[GraphReport]) -> str:
@@ -89,9 +88,19 @@ def _kernels(graphs: Sequence[GraphReport]) -> str:
 def _misses(misses: Sequence[dict[str, Any]]) -> list[str]:
     if not misses:
         return ["<h3>Left alone</h3><p>Nothing: every block was raised as far as was asked.</p>"]
-    rows = Counter(
+    rows = [
         (miss["where"], miss["why"], "fallback" if miss["fallback"] else "", miss["source"])
         for miss in misses
-    )
-    heads = ("where", "why", "", "source")
-    return ["<h3>Left alone</h3>", table(heads, list(rows))]
+    ]
+    return ["<h3>Left alone</h3>", table(("where", "why", "", "source"), _alike(rows))]
+
+
+def _alike(rows: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """Put rows together that differ in their first cell alone."""
+    firsts: dict[tuple[object, ...], list[object]] = {}
+    for first, *rest in rows:
+        firsts.setdefault(tuple(rest), []).append(first)
+    return [
+        (f"{one} and {len(more)} more" if more else one, *rest)
+        for rest, (one, *more) in firsts.items()
+    ]
