@@ -212,6 +212,39 @@ def test_a_flat_graph_of_thousands_of_nodes_is_cut_into_parts() -> None:
     assert len(found) > 40
 
 
+OUTLINED = """\
+%x = placeholder  # f32[5, 16]
+@layers.0.weight = placeholder  # f32[16, 16]
+@layers.1.weight = placeholder  # f32[16, 16]
+%layer0 = layer0(%x, @layers.0.weight)  # layers.0
+%y = getitem(%layer0, 0)  # f32[5, 16]  layers.0
+%layer0_1 = layer0(%y, @layers.1.weight)  # layers.1
+%z = getitem(%layer0_1, 0)  # f32[5, 16]  layers.1
+return (%z)
+
+layer0:
+%x = placeholder  # f32[5, 16]
+@layers.0.weight = placeholder  # f32[16, 16]
+%y = linear(%x, @layers.0.weight)  # f32[5, 16]  layers.0
+%sin = sin(%y)  # f32[5, 16]  layers.0
+return (%sin)
+"""
+
+
+def test_a_graph_that_others_call_opens_where_it_is_called() -> None:
+    lines = parse(OUTLINED)
+    assert len(lines) == 8
+    call = next(line for line in lines if line.name == "%layer0")
+    assert [line.name for line in call.body][2:] == ["layer0:%y", "layer0:%sin", "layer0:return"]
+    assert call.body[2].inputs == ("layer0:%x", "@layers.0.weight")
+    layers, _ = group(lines, frozenset()).members
+    assert isinstance(layers, Group)
+    assert (layers.repeats, layers.nodes) == (2, 12)
+    inner = groups_in(layers)[("layer0",)]
+    assert [line.printed for one in inner.members for line in one.lines] == ["%y", "%sin", "return"]
+    assert changed(lines, parse(OUTLINED.replace("sin(", "cos("))) == {"layer0:%sin"}
+
+
 @st.composite
 def drawn(draw: st.DrawFn) -> tuple[list[tuple[float, float]], list[tuple[int, int]]]:
     count = draw(st.integers(1, 14))

@@ -10,7 +10,7 @@ from moecc.passes.pipeline import Step
 from moecc.passes.text import graph_diff
 from moecc.records import Record
 from moecc.report_html.grouping import focus, group, groups_in
-from moecc.report_html.listing import Line, changed, parse
+from moecc.report_html.listing import Line, changed, parse, with_bodies
 from moecc.report_html.page import Section, command, details
 from moecc.report_html.pictures import draw
 
@@ -90,10 +90,11 @@ def _side(
 ) -> Side:
     """Draw every place of a graph; `pictures` takes those that are new."""
     readers: defaultdict[str, list[str]] = defaultdict(list)
-    for line in lines:
+    every = with_bodies(lines)
+    for line in every:
         for name in line.inputs:
             readers[name].append(line.name)
-    by_name, root = {line.name: line for line in lines}, group(lines, altered)
+    by_name, root = {line.name: line for line in every}, group(lines, altered)
     views = {
         place: pictures.setdefault(draw(one, by_name, readers, blocks), len(pictures))
         for place, one in groups_in(root).items()

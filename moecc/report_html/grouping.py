@@ -48,6 +48,11 @@ class Group:
     changed: bool
     repeats: int = 1
 
+    @property
+    def nodes(self) -> int:
+        """Count nodes, those of called graphs at each call."""
+        return sum(len(line.body) or 1 for line in self.lines)
+
 
 Member = Op | Group
 
@@ -63,7 +68,7 @@ def _group(key: str, path: str, lines: Sequence[Line], changed: frozenset[str]) 
     for child, run in groupby(lines, key=lambda line: _child(line.path, path)):
         nodes = list(run)
         if not child or len(nodes) == 1:
-            members += [Op(line=line, changed=line.name in changed) for line in nodes]
+            members += [_node(line, changed) for line in nodes]
         else:
             members.append(_group(child, f"{path}.{child}".lstrip("."), nodes, changed))
     if len(members) == 1 and isinstance(only := members[0], Group):
@@ -76,6 +81,21 @@ def _group(key: str, path: str, lines: Sequence[Line], changed: frozenset[str]) 
         members=_apart(_cut(_fold(members))),
         lines=tuple(lines),
         changed=any(line.name in changed for line in lines),
+    )
+
+
+def _node(line: Line, changed: frozenset[str]) -> Member:
+    """Give a node, or what the graph that it calls opens to."""
+    altered = line.name in changed
+    if not line.body:
+        return Op(line=line, changed=altered)
+    called = group(line.body, changed)
+    return replace(
+        called,
+        key=line.target,
+        title=line.target,
+        lines=(line,),
+        changed=altered or called.changed,
     )
 
 

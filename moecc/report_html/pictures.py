@@ -82,7 +82,7 @@ def draw(
 
 
 def _pill(line: Line) -> Box:
-    rows = tuple(_short(row, 26) for row in (line.name, line.made) if row)
+    rows = tuple(_short(row, 26) for row in (line.printed, line.made) if row)
     return Box(kind="pill", rows=rows, text=line.text)
 
 
@@ -91,7 +91,7 @@ def _box(member: Member, blocks: Mapping[str, str]) -> Box:
     if isinstance(member, Op):
         return _op(member, marks)
     label = next((blocks[path] for path in blocks if _holds(member, path)), "")
-    count = f"{len(member.lines)} nodes"
+    count = f"{member.nodes} nodes"
     title = f"{member.title}  ×{member.repeats}" if member.repeats > 1 else member.title
     rows = (_short(title, 44), f"{label} · {count}" if label else count)
     text = f"{member.path or member.title}: {count}" + (f"; {label}" if label else "")
