@@ -33,7 +33,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are generated."""
+    """Add the pages that are generated, where none is committed."""
     made = {
         "index.md": from_root("README.md"),
         "extending.md": from_root("CONTRIBUTING.md"),
@@ -42,7 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "passes.md": passes(),
     }
     for name, text in made.items():
-        files.append(File.generated(config, name, content=text))
+        if name not in files.src_uris:
+            files.append(File.generated(config, name, content=text))
     return files
 
 

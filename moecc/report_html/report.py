@@ -106,8 +106,8 @@ def gather(
 
 def _check(recorded: Recording, blocks: Sequence[MoeBlock], trace: str) -> None:
     """Raise `OptionError` for a trace of a model with other blocks."""
-    theirs = sorted(block.experts for block in recorded.blocks)
-    ours = sorted(block.experts for block in blocks)
+    theirs = sorted({block.experts for block in recorded.blocks})
+    ours = sorted({block.experts for block in blocks})
     if theirs != ours:
         raise OptionError(
             f"the trace {trace!r} is of {recorded.model!r}, whose blocks have {theirs} experts; "
