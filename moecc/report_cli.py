@@ -1,6 +1,7 @@
 """The command `moecc report`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,7 @@ def report(
         dtype=dtype,
     )
     if as_json:
-        typer.echo(json.dumps(data.to_dict(), indent=2))
+        typer.echo(json.dumps(asdict(reports.told(data)), indent=2))
     if output is not None:
         text = reports.html(data)
         output.write_text(text, encoding="utf-8")

@@ -28,16 +28,24 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Changed:
+class Change:
     """What one pass did to one graph."""
 
     graph: int
     name: str
+    """The pass's."""
     nodes: tuple[int, int]
     """Before and after."""
+    diff: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A change that can be looked at."""
+
+    change: Change
     before: Side
     after: Side
-    diff: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,40 +53,35 @@ class Graphs:
     """Every pass that changed a graph, and all pictures, each once."""
 
     model: str
-    changes: tuple[Changed, ...]
+    changes: tuple[Drawn, ...]
     pictures: tuple[str, ...]
     """SVG."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give what changed as plain values, without pictures."""
-        names = ("graph", "name", "nodes", "diff")
-        return {"changes": [{name: getattr(one, name) for name in names} for one in self.changes]}
 
 
 def gather(model: str, records: Sequence[Record]) -> Graphs:
     """Draw all graphs; records have to keep their text."""
     pictures: dict[str, int] = {}
-    changes: list[Changed] = []
+    changes: list[Drawn] = []
     for number, record in enumerate(records):
         blocks = {
             one.path: f"MoE: {one.experts} experts, top-{one.active}" for one in record.blocks
         }
         steps = [step for step in record.steps if step.before != step.after]
-        changes += [_changed(number, step, blocks, pictures) for step in steps]
+        changes += [_draw(number, step, blocks, pictures) for step in steps]
     return Graphs(model=model, changes=tuple(changes), pictures=tuple(pictures))
 
 
-def _changed(
-    graph: int, step: Step, blocks: Mapping[str, str], pictures: dict[str, int]
-) -> Changed:
+def _draw(graph: int, step: Step, blocks: Mapping[str, str], pictures: dict[str, int]) -> Drawn:
     before, after = parse(step.before), parse(step.after)
-    return Changed(
-        graph=graph,
-        name=step.name,
-        nodes=(step.nodes_before, step.nodes_after),
+    return Drawn(
+        change=Change(
+            graph=graph,
+            name=step.name,
+            nodes=(step.nodes_before, step.nodes_after),
+            diff=graph_diff(step.before, step.after, step.name),
+        ),
         before=_side(before, changed(before, after), blocks, pictures),
         after=_side(after, changed(after, before), blocks, pictures),
-        diff=graph_diff(step.before, step.after, step.name),
     )
 
 
@@ -106,13 +109,13 @@ def section(graphs: Graphs) -> Section:
     """Write the pictures, their templates and the diffs."""
     if not graphs.changes:
         return Section(key="graphs", title="Graphs", html="<p>No pass changed a graph.</p>")
-    several = len({one.graph for one in graphs.changes}) > 1
+    several = len({one.change.graph for one in graphs.changes}) > 1
     tabs = "".join(
-        f'<button role="tab" data-pass="{at}">{escape(one.name)}'
-        f"{f' <small>graph {one.graph}</small>' if several else ''}</button>"
+        f'<button role="tab" data-pass="{at}">{escape(one.change.name)}'
+        f"{f' <small>graph {one.change.graph}</small>' if several else ''}</button>"
         for at, one in enumerate(graphs.changes)
     )
-    panes = "".join(_pane(at, one, graphs.model) for at, one in enumerate(graphs.changes))
+    panes = "".join(_pane(at, one.change, graphs.model) for at, one in enumerate(graphs.changes))
     templates = "".join(
         f'<template id="picture-{number}">{svg}</template>'
         for number, svg in enumerate(graphs.pictures)
@@ -127,7 +130,7 @@ def section(graphs: Graphs) -> Section:
     return Section(key="graphs", title="Graphs", html=html)
 
 
-def _pane(at: int, one: Changed, model: str) -> str:
+def _pane(at: int, one: Change, model: str) -> str:
     sides = "".join(
         f'<figure class="side" data-side="{name}"><figcaption>{name} '
         f"<small>{nodes} nodes</small> <em></em>"

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from moecc.codegen.decode_cost import curves, formulas
 from moecc.planning import Plan
@@ -31,12 +30,6 @@ class Planned:
     plan: Plan
     hit_rates: tuple[float, ...]
     curves: tuple[Curve, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values."""
-        named = ("profile", "on_demand", "hidden")
-        lines = [{name: getattr(one, name) for name in named} for one in self.curves]
-        return {"plan": self.plan.to_dict(), "hit_rates": self.hit_rates, "curves": lines}
 
 
 def gather(plan: Plan, profiles: Sequence[Profile]) -> Planned:

@@ -1,9 +1,8 @@
 """Gather everything that `moecc report` shows, and write it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from moecc.passes.ir import MoeBlock
 from moecc.passes.options import parse_memory
 from moecc.report_html import caching, graphs, planned, roofline, routing, summary
 from moecc.report_html.caching import Caching
-from moecc.report_html.graphs import Graphs
+from moecc.report_html.graphs import Change, Graphs
 from moecc.report_html.page import Section, command, page
 from moecc.report_html.planned import Planned
 from moecc.report_html.roofline import Roofline
@@ -49,24 +48,36 @@ class Data:
         found = any(graph.blocks for graph in self.graphs)
         return not found or any(miss["fallback"] for one in self.graphs for miss in one.misses)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values, without pictures.
 
-        graphs are those of `moecc passes --json`; changes are graph, name, nodes (before, after)
-        and diff of each pass that changed one; rooflines, plan, routing and cache are what their
-        sections gather, None where nothing was given to make them of.
-        """
-        return {
-            "model": self.model,
-            "version": __version__,
-            "torch": torch.__version__,
-            "graphs": [asdict(one) for one in self.graphs],
-            **self.changes.to_dict(),
-            "rooflines": [asdict(one) for one in self.rooflines],
-            "plan": self.planned and self.planned.to_dict(),
-            "routing": self.routing and asdict(self.routing),
-            "cache": self.caching and asdict(self.caching),
-        }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What the pictures show, for programs."""
+
+    model: str
+    version: str
+    """Of moecc."""
+    torch: str
+    graphs: tuple[GraphReport, ...]
+    changes: tuple[Change, ...]
+    rooflines: tuple[Roofline, ...]
+    plan: Planned | None
+    routing: Routing | None
+    cache: Caching | None
+
+
+def told(data: Data) -> Told:
+    """Leave pictures out."""
+    return Told(
+        model=data.model,
+        version=__version__,
+        torch=torch.__version__,
+        graphs=data.graphs,
+        changes=tuple(one.change for one in data.changes.changes),
+        rooflines=data.rooflines,
+        plan=data.planned,
+        routing=data.routing,
+        cache=data.caching,
+    )
 
 
 def gather(
