@@ -49,6 +49,7 @@ def report(
     of experts and what their cache did. Exit status 1 if no MoE block was found or something fell
     back.
     """
+    from moecc import inspection
     from moecc.report_html import report as reports
     from moecc.runtime.offload import profile as profiles
 
@@ -57,14 +58,9 @@ def report(
         raise typer.BadParameter(f"--profile names {len(machines)}; up to four are told apart")
     if output is None and not as_json:
         raise typer.BadParameter("give a file to write with -o FILE, or --json")
+    seen = inspection.inspect(model, kernels, dtype)
     data = reports.gather(
-        model,
-        machines,
-        memory=memory,
-        trace=trace,
-        quantize=quantize,
-        kernels=kernels,
-        dtype=dtype,
+        seen, machines, memory=memory, trace=trace, quantize=quantize, dtype=dtype
     )
     if as_json:
         typer.echo(json.dumps(asdict(reports.told(data)), indent=2))
@@ -73,5 +69,5 @@ def report(
         output.write_text(text, encoding="utf-8")
         size = f"{len(text) / 1e6:.1f} MB"
         Console(stderr=True).print(f"{output}: {size}", markup=False, highlight=False)
-    if data.has_problem:
+    if inspection.has_problem(seen):
         raise typer.Exit(1)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from moecc import __version__, inspection, planning
+from moecc import __version__, planning
+from moecc.inspection import Inspection
 from moecc.passes.ir import MoeBlock
 from moecc.passes.options import parse_memory
 from moecc.report_html import caching, graphs, planned, roofline, routing, summary
@@ -42,12 +43,6 @@ class Data:
     trace: str
     """The file, or nothing."""
 
-    @property
-    def has_problem(self) -> bool:
-        """Tell whether no block was found, or something fell back."""
-        found = any(graph.blocks for graph in self.graphs)
-        return not found or any(miss["fallback"] for one in self.graphs for miss in one.misses)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
@@ -81,32 +76,31 @@ def told(data: Data) -> Told:
 
 
 def gather(
-    model: str,
+    seen: Inspection,
     profiles: Sequence[Profile],
     *,
     memory: str = "",
     trace: str = "",
     quantize: str = "",
-    kernels: str = "auto",
     dtype: str = "auto",
 ) -> Data:
-    """Compile a MODEL of the command line as `moecc passes` does, plan for it and read its trace.
+    """Draw what was compiled, plan for its MODEL and read its trace.
 
-    Raises what these do: `ModelError`, `OptionError`, `StoreError`; also `OptionError` for a trace
-    of another model.
+    Raises `OptionError` for a budget that is too small and a trace of another model, `StoreError`
+    for a file that is no trace.
     """
+    model = seen.name
+    blocks = {one.path: one for record in seen.records for one in record.blocks}
     recorded = recording.read(Path(trace)) if trace else None
+    if recorded:
+        _check(recorded, list(blocks.values()), trace)
     plan = None
     if (budget := parse_memory(memory or None)) is not None:
         plan = planning.run(model, budget, profiles, quantize or None, trace or None, dtype)
-    records = inspection.inspect(model, kernels, dtype).records
-    blocks = {one.path: one for record in records for one in record.blocks}
-    if recorded:
-        _check(recorded, list(blocks.values()), trace)
     return Data(
         model=model,
-        graphs=tuple(map(graph_report, records)),
-        changes=graphs.gather(model, records),
+        graphs=tuple(map(graph_report, seen.records)),
+        changes=graphs.gather(model, seen.records),
         rooflines=roofline.gather(list(blocks.values()), profiles),
         planned=plan and planned.gather(plan, profiles),
         routing=recorded and routing.gather(recorded),
