@@ -286,7 +286,7 @@ def test_imbalance_is_measured_between_even_and_always_the_same() -> None:
 
 def test_few_tokens_are_held_back_by_reading_and_many_by_products() -> None:
     shape = (128, 8, 2048, 768, True)
-    roof = roofline._roof(shape, profiles.read("rtx4090"))
+    roof = roofline.roof_of(shape, profiles.read("rtx4090"))
     first, last = roof.points[0], roof.points[-1]
     assert first.intensity == pytest.approx(1)  # 2 FLOPs and 2 bytes a weight
     assert 0.4 < first.rate / roof.bandwidth < 1

@@ -121,10 +121,10 @@ def section(graphs: Graphs) -> Section:
         for number, svg in enumerate(graphs.pictures)
     )
     told = (
-        "<p>Each pass that changed the graph, before and after. Boxes with a thick grey edge open: "
+        "<p>Each pass that changed the graph, before and after. Boxes with a count of nodes open: "
         "modules of the model, MoE blocks coloured, neighbours that compute alike folded into one "
-        "(×n shows the first). What the pass took away or wrote is marked. Choose any box to read "
-        "its line.</p>"
+        "(×n shows the first). What the pass took away is red, what it wrote is green. Choose any "
+        "box to read its line.</p>"
     )
     html = f'{told}<div class="tabs" role="tablist">{tabs}</div>{panes}{templates}'
     return Section(key="graphs", title="Graphs", html=html)

@@ -63,13 +63,14 @@ def gather(blocks: Sequence[MoeBlock], profiles: Sequence[Profile]) -> tuple[Roo
         Roofline(
             shape=f"E={key[0]}, K={key[1]}, H={key[2]}, I={key[3]}",
             blocks=count,
-            roofs=tuple(_roof(key, profile) for profile in profiles),
+            roofs=tuple(roof_of(key, profile) for profile in profiles),
         )
         for key, count in shapes.items()
     )
 
 
-def _roof(shape: tuple[int, int, int, int, bool], profile: Profile) -> Roof:
+def roof_of(shape: tuple[int, int, int, int, bool], profile: Profile) -> Roof:
+    """Work out a block of (E, K, H, I, gated) on a machine."""
     experts, active, hidden, intermediate, gated = shape
     weights = (3 if gated else 2) * hidden * intermediate
     speed = profile.compute

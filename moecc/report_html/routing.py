@@ -14,7 +14,6 @@ from moecc.placement import requests_of
 from moecc.report_html.chart import compact
 from moecc.report_html.page import Section, details, table
 from moecc.runtime.offload.recording import Recording
-from moecc.runtime.offload.trace import Request
 
 _LEVELS = 8
 _ROWS = 12
@@ -61,13 +60,9 @@ def gather(recording: Recording) -> Routing:
         names=tuple(block.name for block in recording.blocks),
         loads=tuple(map(tuple, loads)),
         calls=len(counted),
-        single=_are_single(counted),
+        single=all(one.tokens == 1 for one in counted),
         imbalances=tuple(map(imbalance, loads)),
     )
-
-
-def _are_single(requests: Sequence[Request]) -> bool:
-    return all(one.tokens == 1 for one in requests)
 
 
 def imbalance(loads: Sequence[int]) -> Imbalance:
