@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was upon the face of the deep.
 
-.PHONY: help setup run test lint check bless bench gpu clean
+.PHONY: help setup run test lint check docs bless bench gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,9 @@ lint: $(BIN)/moecc ## Check format, style and types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint test ## Everything that has to be green before a commit
+
+docs: $(BIN)/moecc ## Build the site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bless: $(BIN)/moecc ## Rewrite the golden files; review the diff
 	$(BIN)/pytest tests/passes --bless

@@ -8,7 +8,7 @@ Numbers come last (`Step`, a profile), so that what a figure depends on can be r
 rate from which the link no longer matters is solved for, not searched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,7 @@ class Price:
 
 def price(step: Step, profile: Profile, hit_rate: float) -> Price:
     """Evaluate the expressions for a model on a machine."""
-    known = {
-        ACTIVE: step.active_bytes, OTHERS: step.other_bytes, BLOCKS: step.blocks,
-        BANDWIDTH: profile.compute.bandwidth, LINK: profile.link.bandwidth,
-        LAYER: profile.compute.layer, CALL: profile.compute.call,
-        LAUNCH: profile.compute.launch, TOKEN: profile.compute.token,
-    }  # fmt: skip
+    known = _known(step, profile)
     (enough,) = sympy.solve(sympy.Eq(COMPUTE, READ), HITS)
     at = known | {HITS: hit_rate}
     return Price(
@@ -75,6 +70,25 @@ def price(step: Step, profile: Profile, hit_rate: float) -> Price:
         hidden=float(HIDDEN.subs(at)),
         enough_hits=min(1.0, max(0.0, float(enough.subs(known)))),
     )
+
+
+def curves(
+    step: Step, profile: Profile, hit_rates: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Give tokens a second at several hit rates: on demand, and with hidden reads."""
+    known = _known(step, profile)
+    both = [sympy.lambdify(HITS, one.subs(known), "math") for one in (ON_DEMAND, HIDDEN)]
+    on_demand, hidden = (tuple(float(one(rate)) for rate in hit_rates) for one in both)
+    return on_demand, hidden
+
+
+def _known(step: Step, profile: Profile) -> dict[Any, float]:
+    return {
+        ACTIVE: step.active_bytes, OTHERS: step.other_bytes, BLOCKS: step.blocks,
+        BANDWIDTH: profile.compute.bandwidth, LINK: profile.link.bandwidth,
+        LAYER: profile.compute.layer, CALL: profile.compute.call,
+        LAUNCH: profile.compute.launch, TOKEN: profile.compute.token,
+    }  # fmt: skip
 
 
 def formulas() -> dict[str, str]:

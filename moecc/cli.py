@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moecc import __version__, offload_cli
+from moecc import __version__, offload_cli, report_cli
 from moecc.runtime.errors import MoeccError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 app.add_typer(offload_cli.app)
+app.add_typer(report_cli.app)
 
 Model = Annotated[
     str,

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import moecc
 from moecc import cli, tracing
 from moecc.generate import compiled
+from moecc.report_html import caching
 from moecc.runtime.errors import OptionError, StoreError
 from moecc.runtime.offload.recording import read, write
 
@@ -45,6 +46,16 @@ def test_a_runs_own_trace_gives_what_its_engine_counted(run: Path) -> None:
     assert [pool["slots"] for pool in pools] == [8] * 6
     for name in ("asked", "hits", "predicted"):
         assert shown["own"][name] == sum(pool[name] for pool in pools) > 0
+
+
+def test_the_passes_of_a_report_sum_up_to_what_the_engine_counted(run: Path) -> None:
+    recording = read(run)
+    passes, pools = caching.gather(recording).passes, recording.pools
+    assert len(passes) == 12
+    for name in ("asked", "hits"):
+        assert sum(getattr(one, name) for one in passes) == sum(getattr(one, name) for one in pools)
+    early = sum(one.early_bytes for one in passes)
+    assert early == sum(pool.predicted for pool in pools) * recording.blocks[0].size > 0
 
 
 def test_bounds_are_bounds(run: Path) -> None:

@@ -93,7 +93,8 @@ def test_a_wheel_holds_every_package_and_template(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"moecc"}
-    assert any(name.endswith(".cpp") for name in names)
+    for kind in (".cpp", ".css", ".js", ".toml"):
+        assert any(name.endswith(kind) for name in names)
     assert install_and_import(wheel, tmp_path) >= len(packages_on_disk())
 
 

@@ -52,6 +52,16 @@ class Outcome:
         return self.hits / self.asked if self.asked else 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """What one event did to a cache."""
+
+    event: Event
+    hits: int
+    predicted: int
+    """Loads that a prediction started."""
+
+
 def replay(
     events: Sequence[Event], slots: int, policy: str, *, predictions: str = "none"
 ) -> Outcome:
@@ -59,21 +69,33 @@ def replay(
 
     Raises `KeyError` for a policy that is not in `REPLAYED`.
     """
+    asked = hits = predicted = 0
+    for one in play(events, slots, policy, predictions=predictions):
+        asked += len(one.event.experts) if isinstance(one.event, Request) else 0
+        hits += one.hits
+        predicted += one.predicted
+    return Outcome(policy=policy, slots=slots, asked=asked, hits=hits, predicted=predicted)
+
+
+def play(
+    events: Sequence[Event], slots: int, policy: str, *, predictions: str = "none"
+) -> Iterator[Played]:
+    """Replay the events of one pool, and tell of each what it did."""
     requests = [event for event in events if isinstance(event, Request)]
     cache = Cache(slots, new_policy(policy, requests, slots))
     blocks = sorted(set(map(block_of, events)))
     latest = max(blocks, default=0)
     coming = iter(requests)
-    asked = hits = predicted = 0
 
     def foresee() -> int:
         following = next(coming, None) if predictions == "perfect" else None
         return len(let_in(cache, first_keys(following, slots))) if following else 0
 
-    predicted += foresee()
+    early = foresee()
     for event in events:
+        hits, predicted = 0, early
+        early = 0
         if isinstance(event, Request):
-            asked += len(event.experts)
             latest = event.block
             for admitted in serve(cache, event):
                 hits += sum(one.hit for one in admitted)
@@ -81,7 +103,7 @@ def replay(
         else:
             keys = foretold(event, predictions)
             predicted += len(let_in(cache, keys, turns_until(keys, latest, blocks)))
-    return Outcome(policy=policy, slots=slots, asked=asked, hits=hits, predicted=predicted)
+        yield Played(event=event, hits=hits, predicted=predicted)
 
 
 def groups_of(experts: Sequence[int], slots: int) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""Write what moecc did to a model as one HTML file: `moecc report`."""
