@@ -9,12 +9,13 @@ from rich.console import Console
 
 from moecc import __version__
 from moecc import dump as dumping
-from moecc.models import load_model
+from moecc.checkpoint.folders import near
+from moecc.models import sketch_model
 from moecc.passes.pipeline import PIPELINE
 from moecc.passes.text import graph_diff
 from moecc.records import Record, all_records
 from moecc.render import print_graph
-from moecc.reporting import graph_report
+from moecc.reporting import GraphReport, graph_report
 from moecc.runtime.errors import ModelError, OptionError
 
 
@@ -26,16 +27,29 @@ class Inspection:
     records: tuple[Record, ...]
 
 
-def inspect(name: str, kernels: str = "auto", dtype: str = "auto") -> Inspection:
-    """Load a model and call it once under the backend; graphs keep their text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What each pass did to each graph."""
+
+    model: str
+    version: str
+    """Of moecc."""
+    torch: str
+    graphs: tuple[GraphReport, ...]
+
+
+def inspect(
+    name: str, kernels: str = "auto", dtype: str = "auto", full: bool = False
+) -> Inspection:
+    """Make a model, as `sketch_model` does, and call it under the backend; graphs keep their text.
 
     The inner backend is `eager`: only moecc's own passes are of interest here.
     """
-    loaded = load_model(name, dtype)
+    loaded = sketch_model(name, dtype, full)
     before = len(all_records())
     options: dict[str, Any] = {"inner": "eager", "kernels": kernels}
     compiled = torch.compile(loaded.model, backend="moecc", options=options)
-    with dumping.keeping_text(), torch.no_grad():
+    with loaded.context, dumping.keeping_text(), torch.no_grad():
         compiled(*loaded.inputs)
     records = all_records()[before:]
     if not records:
@@ -51,26 +65,31 @@ def has_problem(seen: Inspection) -> bool:
     return not blocks or any(miss.fallback for record in seen.records for miss in record.misses)
 
 
-def to_dict(seen: Inspection) -> dict[str, Any]:
-    """Give everything but the texts as plain values."""
-    from dataclasses import asdict
-
-    return {
-        "model": seen.name,
-        "version": __version__,
-        "torch": torch.__version__,
-        "graphs": [asdict(graph_report(record)) for record in seen.records],
-    }
+def told(seen: Inspection) -> Inspected:
+    """Give everything but the texts."""
+    return Inspected(
+        model=seen.name,
+        version=__version__,
+        torch=torch.__version__,
+        graphs=tuple(map(graph_report, seen.records)),
+    )
 
 
-def print_inspection(seen: Inspection, console: Console) -> None:
+def print_inspection(seen: Inspected, console: Console) -> None:
     """Print each graph's passes, blocks, kernels and misses."""
-    console.print(f"moecc {__version__} · torch {torch.__version__} · {seen.name}", highlight=False)
-    if not any(record.blocks for record in seen.records):
+    console.print(f"moecc {seen.version} · torch {seen.torch} · {seen.model}", highlight=False)
+    if not any(graph.blocks for graph in seen.graphs):
         console.print("note: no MoE block found")
-    for number, record in enumerate(seen.records):
-        console.print(f"\ngraph {number} of {len(seen.records)}", highlight=False)
-        print_graph(graph_report(record), console)
+    for number, graph in enumerate(seen.graphs):
+        console.print(f"\ngraph {number} of {len(seen.graphs)}", highlight=False)
+        print_graph(graph, console)
+
+
+def check_pass(name: str) -> None:
+    """Raise `OptionError` if there is no such pass."""
+    names = [one.__name__ for one in PIPELINE]
+    if name not in names:
+        raise OptionError(f"--diff {name!r} is not a pass{near(name, names)}; there are {names}")
 
 
 def diff_text(seen: Inspection, name: str) -> str:
@@ -78,12 +97,17 @@ def diff_text(seen: Inspection, name: str) -> str:
 
     Raises `OptionError` if there is no such pass.
     """
-    names = [one.__name__ for one in PIPELINE]
-    if name not in names:
-        raise OptionError(f"--diff {name!r} is not a pass; there are {names}")
+    check_pass(name)
     steps = [step for record in seen.records for step in record.steps if step.name == name]
     diffs = [graph_diff(step.before, step.after, name) for step in steps]
     return "\n".join(diffs).strip() or f"{name} changed nothing"
+
+
+def print_diff(text: str, console: Console) -> None:
+    """Print a diff, what was taken in red and what came in green."""
+    for line in text.splitlines():
+        style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def dump(seen: Inspection, folder: Path) -> tuple[Path, ...]:

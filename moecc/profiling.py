@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.demo import counting, live_line
 from moecc.footprint import other_bytes
 from moecc.generate import compiled, generate
 from moecc.lenders import banks_of, bound_to
@@ -29,6 +28,7 @@ from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.profile import ComputeSpeed, LinkSpeed, Profile, write
 from moecc.runtime.offload.record import new_records
+from moecc.terminal import counting, live_line
 from moecc.timed_bank import Call, TimedBank
 
 _SECONDS = 0.1

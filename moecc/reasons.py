@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -27,10 +26,6 @@ class Answer:
     """The node that stood in the way, or the one that the block became."""
     advice: str
     """What would make it match; empty for what did."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain values."""
-        return asdict(self)
 
 
 _ADVICE: tuple[tuple[str, str], ...] = (

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from moecc.lenders import ExpertsReport
 from moecc.reporting import GraphReport, Report
-
-WIDTH = 110
+from moecc.terminal import WIDTH
 
 
 def report_text(report: Report) -> str:

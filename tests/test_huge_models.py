@@ -1,0 +1,57 @@
+"""Models of hundreds of billions of parameters are looked at without a weight."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from typer.testing import CliRunner
+
+from moecc import cli
+from moecc.checkpoint.configuration import read_config
+from moecc.models import skeleton, sketch_model
+from moecc.runtime.errors import ModelError
+
+CONFIGS = Path(__file__).parent / "configs"
+PUBLISHED = {  # parameters by the model cards, and bytes a weight of the experts as published
+    "deepseek_v3": (671e9, 1 + 4 / 128**2),
+    "gpt_oss_120b": (117e9, 17 / 32),
+    "kimi_k2": (1.04e12, 1 + 4 / 128**2),
+    "qwen3_235b_a22b": (235e9, 2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_plan_of_a_configuration_alone_adds_up_to_the_published_size(name: str) -> None:
+    command = ["plan", str(CONFIGS / name), "--memory", "80GiB", "--json"]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    parameters, expert_weight = PUBLISHED[name]
+    found = plan["expert_bytes"] / expert_weight + plan["other_bytes"] / 2
+    assert found == pytest.approx(parameters, rel=0.015)
+    assert 0.9 * 80 * 2**30 < plan["slot_bytes"] <= 80 * 2**30 or plan["hits"] == [1.0, 1.0]
+
+
+def test_no_weight_is_allocated() -> None:
+    model = skeleton(str(CONFIGS / "kimi_k2"))
+    assert all(one.is_meta for one in (*model.parameters(), *model.buffers()))
+    sketch = sketch_model(str(CONFIGS / "gpt_oss_120b")).model
+    tensors = [*sketch.parameters(), *sketch.buffers()]
+    assert all(isinstance(one, FakeTensor) and one.device.type == "cpu" for one in tensors)
+    assert sum(one.numel() for one in tensors) == pytest.approx(117e9, rel=0.01)
+
+
+def test_a_model_type_that_is_not_known_is_read_as_its_architectures(tmp_path: Path) -> None:
+    config = read_config(CONFIGS / "kimi_k2")
+    assert (config.n_routed_experts, config.dtype) == (384, torch.bfloat16)
+    assert type(config).__name__ == "DeepseekV3Config"
+    (tmp_path / "config.json").write_text('{"model_type": "a", "architectures": ["B"]}')
+    with pytest.raises(
+        ModelError, match=r"model_type 'a' and architectures \['B'\].* knows neither"
+    ):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="is not a model's configuration"):
+        read_config(tmp_path)
