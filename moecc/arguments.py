@@ -44,6 +44,7 @@ Model = Annotated[
     typer.Argument(
         help="A checkpoint folder, a packed store, a GGUF file, a hub id, a transformers model "
         "type such as qwen3_moe (a tiny random instance), or file.py:factory.",
+        metavar="MODEL",
         show_default=False,
         autocompletion=complete_model,
     ),
@@ -51,8 +52,9 @@ Model = Annotated[
 Planned = Annotated[
     str,
     typer.Argument(
-        help="As of passes; a model type is its default configuration, which for most is the size "
-        "that was published.",
+        help="A checkpoint folder, a packed store, a GGUF file, a hub id, file.py:factory, or a "
+        "transformers model type at its default size, for most the one that was published.",
+        metavar="MODEL",
         show_default=False,
         autocompletion=complete_model,
     ),
@@ -61,6 +63,7 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         help="A checkpoint folder, a packed store, a GGUF file or a hub id.",
+        metavar="MODEL",
         show_default=False,
         autocompletion=complete_model,
     ),
@@ -71,6 +74,10 @@ Full = Annotated[
         "--full",
         help="Of a model type, its default configuration, without weights, not a tiny one.",
     ),
+]
+AllLayers = Annotated[
+    bool,
+    typer.Option("--all-layers", help="Without weights: trace all layers, not some of each kind."),
 ]
 Kernels = Annotated[
     Literal["auto", "triton", "native", "torch"], typer.Option(help="Who writes the kernels.")

@@ -11,7 +11,7 @@ from rich.console import Console
 from moecc import __version__, inspect_cli, offload_cli
 from moecc.arguments import AsJson, Checkpoint, Dtype, Kernels, Prompt, Quantize
 from moecc.runtime.errors import MoeccError
-from moecc.terminal import show
+from moecc.terminal import live_line, show
 
 app = typer.Typer(
     help="Look inside moecc, a torch.compile backend for mixture-of-experts models.",
@@ -101,6 +101,21 @@ def run(
     show(shown, as_json, demo.print_demo)
     difference = shown.comparison.difference
     if difference is not None and not difference.is_tie:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Examples: [b]moecc doctor[/b] · [b]moecc doctor --json[/b]")
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine: what works, how fast it is, what does not work and how to mend it.
+
+    Takes some seconds. Exit status 1 if something is broken.
+    """
+    from moecc.doctor.examine import examine, print_examined
+
+    with live_line("looking at this machine") as tell:
+        seen = examine(tell)
+    show(seen, as_json, print_examined)
+    if seen.broken:
         raise typer.Exit(1)
 
 

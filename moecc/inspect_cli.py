@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from moecc.arguments import (
+    AllLayers,
     AsJson,
     Dtype,
     Full,
@@ -38,6 +39,7 @@ def passes(
     ] = None,
     kernels: Kernels = "auto",
     full: Full = False,
+    all_layers: AllLayers = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +52,7 @@ def passes(
     if diff:
         inspection.check_pass(diff)
     with live_line(f"compiling {model}"):
-        seen = inspection.inspect(model, kernels, dtype, full)
+        seen = inspection.inspect(model, kernels, dtype, full, all_layers)
     if diff:
         inspection.print_diff(inspection.diff_text(seen, diff), stdout())
     else:
@@ -72,6 +74,7 @@ def why(
         str, typer.Argument(help="Only this module and what is in it.", show_default=False)
     ] = "",
     full: Full = False,
+    all_layers: AllLayers = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +85,9 @@ def why(
     from moecc import inspection, reasons
 
     with live_line(f"compiling {model}"):
-        answers = reasons.answers(inspection.inspect(model, dtype=dtype, full=full), path)
+        answers = reasons.answers(
+            inspection.inspect(model, dtype=dtype, full=full, all_layers=all_layers), path
+        )
     show(answers, as_json, reasons.print_answers)
     if not answers or not all(answer.matched for answer in answers):
         raise typer.Exit(1)
@@ -102,6 +107,7 @@ def kernels(
     quantize: Quantize = "",
     source: Annotated[bool, typer.Option("--source", help="Print the kernels as well.")] = False,
     full: Full = False,
+    all_layers: AllLayers = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -115,7 +121,7 @@ def kernels(
 
     counts = kernel_plans.parse_tokens(tokens)
     with live_line(f"compiling {model} and its kernels for {target}"):
-        found = kernel_plans.explain(model, target, counts, quantize, dtype, full)
+        found = kernel_plans.explain(model, target, counts, quantize, dtype, full, all_layers)
     show(found, as_json, partial(kernel_plans.print_plans, source=source))
     if kernel_plans.has_problem(found):
         raise typer.Exit(1)

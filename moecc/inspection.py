@@ -1,5 +1,6 @@
 """Compile a MODEL just far enough to show what each pass did: `moecc passes`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from rich.console import Console
 from moecc import __version__
 from moecc import dump as dumping
 from moecc.checkpoint.folders import near
+from moecc.fold_layers import Folded
 from moecc.models import sketch_model
 from moecc.passes.pipeline import PIPELINE
 from moecc.passes.text import graph_diff
 from moecc.records import Record, all_records
 from moecc.render import print_graph
 from moecc.reporting import GraphReport, graph_report
-from moecc.runtime.errors import ModelError, OptionError
+from moecc.runtime.errors import ModelError, MoeccError, OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,8 @@ class Inspection:
 
     name: str
     records: tuple[Record, ...]
+    folded: tuple[Folded, ...] = ()
+    """Stacks of layers of which some were left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,28 +39,44 @@ class Inspected:
     version: str
     """Of moecc."""
     torch: str
+    notes: tuple[str, ...]
+    """What the graphs do not show."""
     graphs: tuple[GraphReport, ...]
 
 
 def inspect(
-    name: str, kernels: str = "auto", dtype: str = "auto", full: bool = False
+    name: str,
+    kernels: str = "auto",
+    dtype: str = "auto",
+    full: bool = False,
+    all_layers: bool = False,
 ) -> Inspection:
     """Make a model, as `sketch_model` does, and call it under the backend; graphs keep their text.
 
     The inner backend is `eager`: only moecc's own passes are of interest here.
     """
-    loaded = sketch_model(name, dtype, full)
+    loaded = sketch_model(name, dtype, full, all_layers)
     before = len(all_records())
     options: dict[str, Any] = {"inner": "eager", "kernels": kernels}
     compiled = torch.compile(loaded.model, backend="moecc", options=options)
     with loaded.context, dumping.keeping_text(), torch.no_grad():
-        compiled(*loaded.inputs)
+        _call(name, compiled, loaded.inputs)
     records = all_records()[before:]
     if not records:
         raise ModelError(
             f"{name!r} gave Dynamo no graph at all: nothing in its forward is a tensor"
         )
-    return Inspection(name=name, records=records)
+    return Inspection(name=name, records=records, folded=loaded.folded)
+
+
+def _call(name: str, compiled: Any, inputs: Sequence[Any]) -> None:
+    try:
+        compiled(*inputs)
+    except MoeccError:
+        raise
+    except Exception as error:  # whatever the model's own code, or Dynamo on it, raises
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"calling {name!r} failed: {type(error).__name__}: {reason}") from error
 
 
 def has_problem(seen: Inspection) -> bool:
@@ -71,6 +91,7 @@ def told(seen: Inspection) -> Inspected:
         model=seen.name,
         version=__version__,
         torch=torch.__version__,
+        notes=tuple(map(str, seen.folded)),
         graphs=tuple(map(graph_report, seen.records)),
     )
 
@@ -78,6 +99,8 @@ def told(seen: Inspection) -> Inspected:
 def print_inspection(seen: Inspected, console: Console) -> None:
     """Print each graph's passes, blocks, kernels and misses."""
     console.print(f"moecc {seen.version} · torch {seen.torch} · {seen.model}", highlight=False)
+    for note in seen.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if not any(graph.blocks for graph in seen.graphs):
         console.print("note: no MoE block found")
     for number, graph in enumerate(seen.graphs):

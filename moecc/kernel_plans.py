@@ -85,6 +85,7 @@ def explain(
     quantize: str = "",
     dtype: str = "auto",
     full: bool = False,
+    all_layers: bool = False,
 ) -> list[KernelPlans]:
     """Plan the kernels of every block of a model for a GPU that need not be there.
 
@@ -94,10 +95,12 @@ def explain(
     if quantize and quantize not in SCHEMES:
         raise OptionError(f"quantize={quantize!r} is not one of {', '.join(SCHEMES)}")
     found: dict[tuple[KernelSpec, int, RouterSpec | None], list[str]] = {}
-    for record in inspect(model, "torch", dtype, full).records:
+    seen = inspect(model, "torch", dtype, full, all_layers)
+    for record in seen.records:
         for block in record.blocks:
             key = (_spec_on_gpu(block, quantize), block.active, block.router_spec)
-            found.setdefault(key, []).append(block.path)
+            alike = [path for stack in seen.folded for path in stack.alike(block.path)]
+            found.setdefault(key, []).extend([block.path, *alike])
     if not found:
         raise ModelError(f"no MoE block was found in {model!r}; moecc why {model} says why")
     return [_plan(*key, device, tokens, paths) for key, paths in found.items()]

@@ -19,6 +19,7 @@ from moecc.checkpoint.configuration import (
     read_config,
 )
 from moecc.checkpoint.folders import CONFIGURATION, find_folder, near, near_path
+from moecc.fold_layers import Folded, fold_layers
 from moecc.model_forms import Form, form_of
 from moecc.runtime.errors import ModelError
 from moecc.tiny import model_and_config, tiny_model
@@ -39,6 +40,8 @@ class Loaded:
     """Example arguments: two sequences of 16 tokens, or what the factory gave."""
     context: AbstractContextManager[Any] = field(default_factory=nullcontext[None])
     """In which the model is called: a mode of fake tensors where it has no weights."""
+    folded: tuple[Folded, ...] = ()
+    """Stacks of layers that were cut."""
 
 
 def load_model(name: str, dtype: str = "auto") -> Loaded:
@@ -60,20 +63,24 @@ def load_model(name: str, dtype: str = "auto") -> Loaded:
             return _from_checkpoint(name, dtype)
 
 
-def sketch_model(name: str, dtype: str = "auto", full: bool = False) -> Loaded:
+def sketch_model(
+    name: str, dtype: str = "auto", full: bool = False, all_layers: bool = False
+) -> Loaded:
     """Make a MODEL to be looked at: what has a configuration gets no weights, whatever its size.
 
     A model type is a tiny instance with weights, or with `full` its default configuration without.
-    A factory gives what it gives. Raises what `load_model` does.
+    A factory gives what it gives. Without weights, layers like others are left out unless
+    `all_layers`. Raises what `load_model` does.
     """
     _check_dtype(dtype)
     form = form_of(name)
     if form is Form.FACTORY or (form is Form.TYPE and not full):
         return load_model(name, dtype)
     model = skeleton(name, dtype, full)
+    folded = () if all_layers else fold_layers(model)
     mode = without_weights(model)
     with mode:
-        return _loaded(name, model, context=mode)
+        return _loaded(name, model, context=mode, folded=folded)
 
 
 def skeleton(name: str, dtype: str = "auto", full: bool = True) -> nn.Module:

@@ -58,8 +58,11 @@ _DEFAULT = "write it in a way that passes/styles lists, or report it with `moecc
 def answers(seen: Inspection, path: str = "") -> tuple[Answer, ...]:
     """Answer for every candidate at or under a module path, each once, matched ones first.
 
-    Raises `ModelError` if there is no candidate under `path` though there are others.
+    Of layers that were left out, those like them answer. Raises `ModelError` if there is no
+    candidate under `path` though there are others.
     """
+    for stack in seen.folded:
+        path = stack.traced(path)
     every = {(one.path, one.reason): one for one in _all(seen.records)}
     matched = {one.path for one in every.values() if one.matched}
     found = [one for one in every.values() if one.matched or one.path not in matched]

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
 
 from moecc import cli
 from moecc.checkpoint.configuration import read_config
+from moecc.fold_layers import fold_layers
+from moecc.inspection import inspect
 from moecc.models import skeleton, sketch_model
+from moecc.passes.fuse_experts import kernel_spec
 from moecc.runtime.errors import ModelError
+from moecc.tiny import tiny_config
 
 CONFIGS = Path(__file__).parent / "configs"
 PUBLISHED = {  # parameters by the model cards, and bytes a weight of the experts as published
@@ -37,7 +42,7 @@ def test_a_plan_of_a_configuration_alone_adds_up_to_the_published_size(name: str
 def test_no_weight_is_allocated() -> None:
     model = skeleton(str(CONFIGS / "kimi_k2"))
     assert all(one.is_meta for one in (*model.parameters(), *model.buffers()))
-    sketch = sketch_model(str(CONFIGS / "gpt_oss_120b")).model
+    sketch = sketch_model(str(CONFIGS / "gpt_oss_120b"), all_layers=True).model
     tensors = [*sketch.parameters(), *sketch.buffers()]
     assert all(isinstance(one, FakeTensor) and one.device.type == "cpu" for one in tensors)
     assert sum(one.numel() for one in tensors) == pytest.approx(117e9, rel=0.01)
@@ -55,3 +60,47 @@ def test_a_model_type_that_is_not_known_is_read_as_its_architectures(tmp_path: P
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="is not a model's configuration"):
         read_config(tmp_path)
+
+
+def test_layers_that_are_left_out_are_like_those_that_stay(tmp_path: Path) -> None:
+    config = tiny_config("deepseek_v3", first_k_dense_replace=2, num_hidden_layers=11)
+    config.save_pretrained(tmp_path)
+    some, every = (inspect(str(tmp_path), all_layers=how) for how in (False, True))
+    (stack,) = some.folded
+    assert (stack.path, stack.kept, stack.like) == ("model.layers", 4, (3,) * 7)
+    assert stack.traced("model.layers.9.mlp") == "model.layers.3.mlp"
+    assert stack.traced("model.layers.11.mlp") == "model.layers.11.mlp"
+    told = {
+        path: (block.router_spec, kernel_spec(block), block.shared)
+        for block in some.records[0].blocks
+        for path in (block.path, *stack.alike(block.path))
+    }
+    whole = {
+        block.path: (block.router_spec, kernel_spec(block), block.shared)
+        for block in every.records[0].blocks
+    }
+    assert not every.folded
+    assert told == whole
+    assert len(whole) == 9
+
+
+def test_only_layers_that_are_alike_are_left_out() -> None:
+    class Layer(nn.Module):
+        def __init__(self, number: int, kind: str, width: int) -> None:
+            super().__init__()
+            self.number, self.kind = number, kind
+            self.inner = nn.Linear(width, 4, bias=number == 1)
+
+    kinds = ["a", "a", "b", "a", "b", "a", "b", "a", "b", "a"]
+    model = nn.ModuleDict({"layers": nn.ModuleList(Layer(i, k, 4) for i, k in enumerate(kinds))})
+    (stack,) = fold_layers(model)
+    assert (stack.kept, stack.like) == (4, (2, 3, 2, 3, 2, 3))
+    wide = nn.ModuleList(Layer(i, "a", 4 + i // 9) for i in range(10))
+    assert not fold_layers(nn.ModuleDict({"layers": wide}))
+    assert len(wide) == 10
+
+
+def test_a_type_is_looked_at_in_full_without_weights() -> None:
+    seen = inspect("qwen3_moe", full=True)
+    assert [block.experts for block in seen.records[0].blocks] == [128, 128]
+    assert str(seen.folded[0]).startswith("model.layers: 2 of 24 layers were traced")
