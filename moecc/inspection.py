@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from moecc import __version__
 from moecc import dump as dumping
@@ -74,6 +78,11 @@ def _call(name: str, compiled: Any, inputs: Sequence[Any]) -> None:
         compiled(*inputs)
     except MoeccError:
         raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ModelError(
+            f"the code of {name!r} decides by values ({error.func}), and it has no weights to have "
+            "any; look at its model type, a tiny random instance, or at file.py:factory"
+        ) from error
     except Exception as error:  # whatever the model's own code, or Dynamo on it, raises
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"calling {name!r} failed: {type(error).__name__}: {reason}") from error
