@@ -79,6 +79,10 @@ AllLayers = Annotated[
     bool,
     typer.Option("--all-layers", help="Without weights: trace all layers, not some of each kind."),
 ]
+Weights = Annotated[
+    bool,
+    typer.Option("--weights", help="Load a checkpoint's weights, which Python loops need."),
+]
 Kernels = Annotated[
     Literal["auto", "triton", "native", "torch"], typer.Option(help="Who writes the kernels.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moecc import __version__, inspect_cli, offload_cli
+from moecc import __version__, bench_cli, inspect_cli, offload_cli
 from moecc.arguments import AsJson, Checkpoint, Dtype, Kernels, Prompt, Quantize
 from moecc.runtime.errors import MoeccError
 from moecc.terminal import live_line, show
@@ -23,6 +23,7 @@ app = typer.Typer(
 
 app.add_typer(inspect_cli.app)
 app.add_typer(offload_cli.app)
+app.add_typer(bench_cli.app)
 
 
 def _version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from moecc.arguments import (
     Kernels,
     Model,
     Quantize,
+    Weights,
     complete_pass,
     complete_target,
 )
@@ -40,6 +41,7 @@ def passes(
     kernels: Kernels = "auto",
     full: Full = False,
     all_layers: AllLayers = False,
+    weights: Weights = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +54,7 @@ def passes(
     if diff:
         inspection.check_pass(diff)
     with live_line(f"compiling {model}"):
-        seen = inspection.inspect(model, kernels, dtype, full, all_layers)
+        seen = inspection.inspect(model, kernels, dtype, full, all_layers, weights)
     if diff:
         inspection.print_diff(inspection.diff_text(seen, diff), stdout())
     else:
@@ -75,6 +77,7 @@ def why(
     ] = "",
     full: Full = False,
     all_layers: AllLayers = False,
+    weights: Weights = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -85,9 +88,8 @@ def why(
     from moecc import inspection, reasons
 
     with live_line(f"compiling {model}"):
-        answers = reasons.answers(
-            inspection.inspect(model, dtype=dtype, full=full, all_layers=all_layers), path
-        )
+        seen = inspection.inspect(model, "auto", dtype, full, all_layers, weights)
+        answers = reasons.answers(seen, path)
     show(answers, as_json, reasons.print_answers)
     if not answers or not all(answer.matched for answer in answers):
         raise typer.Exit(1)
@@ -108,6 +110,7 @@ def kernels(
     source: Annotated[bool, typer.Option("--source", help="Print the kernels as well.")] = False,
     full: Full = False,
     all_layers: AllLayers = False,
+    weights: Weights = False,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -121,7 +124,9 @@ def kernels(
 
     counts = kernel_plans.parse_tokens(tokens)
     with live_line(f"compiling {model} and its kernels for {target}"):
-        found = kernel_plans.explain(model, target, counts, quantize, dtype, full, all_layers)
+        found = kernel_plans.explain(
+            model, target, counts, quantize, dtype, full, all_layers, weights
+        )
     show(found, as_json, partial(kernel_plans.print_plans, source=source))
     if kernel_plans.has_problem(found):
         raise typer.Exit(1)

@@ -54,12 +54,13 @@ def inspect(
     dtype: str = "auto",
     full: bool = False,
     all_layers: bool = False,
+    weights: bool = False,
 ) -> Inspection:
     """Make a model, as `sketch_model` does, and call it under the backend; graphs keep their text.
 
     The inner backend is `eager`: only moecc's own passes are of interest here.
     """
-    loaded = sketch_model(name, dtype, full, all_layers)
+    loaded = sketch_model(name, dtype, full, all_layers, weights)
     before = len(all_records())
     options: dict[str, Any] = {"inner": "eager", "kernels": kernels}
     compiled = torch.compile(loaded.model, backend="moecc", options=options)
@@ -81,7 +82,7 @@ def _call(name: str, compiled: Any, inputs: Sequence[Any]) -> None:
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ModelError(
             f"the code of {name!r} decides by values ({error.func}), and it has no weights to have "
-            "any; look at its model type, a tiny random instance, or at file.py:factory"
+            "any; load them with --weights, or look at its model type, a tiny random instance"
         ) from error
     except Exception as error:  # whatever the model's own code, or Dynamo on it, raises
         reason = (str(error).strip().splitlines() or [""])[0]

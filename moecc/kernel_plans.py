@@ -86,6 +86,7 @@ def explain(
     dtype: str = "auto",
     full: bool = False,
     all_layers: bool = False,
+    weights: bool = False,
 ) -> list[KernelPlans]:
     """Plan the kernels of every block of a model for a GPU that need not be there.
 
@@ -95,7 +96,7 @@ def explain(
     if quantize and quantize not in SCHEMES:
         raise OptionError(f"quantize={quantize!r} is not one of {', '.join(SCHEMES)}")
     found: dict[tuple[KernelSpec, int, RouterSpec | None], list[str]] = {}
-    seen = inspect(model, "torch", dtype, full, all_layers)
+    seen = inspect(model, "torch", dtype, full, all_layers, weights)
     for record in seen.records:
         for block in record.blocks:
             key = (_spec_on_gpu(block, quantize), block.active, block.router_spec)

@@ -64,17 +64,21 @@ def load_model(name: str, dtype: str = "auto") -> Loaded:
 
 
 def sketch_model(
-    name: str, dtype: str = "auto", full: bool = False, all_layers: bool = False
+    name: str,
+    dtype: str = "auto",
+    full: bool = False,
+    all_layers: bool = False,
+    weights: bool = False,
 ) -> Loaded:
     """Make a MODEL to be looked at: what has a configuration gets no weights, whatever its size.
 
     A model type is a tiny instance with weights, or with `full` its default configuration without.
     A factory gives what it gives. Without weights, layers like others are left out unless
-    `all_layers`. Raises what `load_model` does.
+    `all_layers`. With `weights` a checkpoint's are loaded. Raises what `load_model` does.
     """
     _check_dtype(dtype)
     form = form_of(name)
-    if form is Form.FACTORY or (form is Form.TYPE and not full):
+    if weights or form is Form.FACTORY or (form is Form.TYPE and not full):
         return load_model(name, dtype)
     model = skeleton(name, dtype, full)
     folded = () if all_layers else fold_layers(model)

@@ -16,6 +16,7 @@ from typer.cli import get_docs_for_click
 from typer.main import get_command
 
 from moecc import (
+    bench_cli,
     cli,
     demo,
     inspection,
@@ -42,6 +43,7 @@ RESULTS: dict[str, Any] = {
     "profile": profile.Profile,
     "pack": packing.Packed,
     "doctor": examine.Examined,
+    "bench": list[bench_cli.Benchmark],
 }
 """What each command prints with `--json`: `moecc.plain` says how."""
 _HEAD = """# Command line

@@ -4,13 +4,14 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from typer.main import get_command
 
-from moecc import arguments, cli, inspection, planning, terminal
+from moecc import arguments, bench_cli, cli, inspection, planning, terminal
 from moecc.plain import plain
 from moecc.runtime.errors import ModelError
 from moecc.tiny_families import FAMILIES
@@ -125,7 +126,7 @@ def test_a_terminal_sees_what_is_going_on(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_shell_completes_models_passes_schemes_and_targets(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "qwen").mkdir()
@@ -157,3 +158,26 @@ def test_json_has_fields_and_properties_of_nested_classes() -> None:
     assert plain({"x": (found,)}) == {
         "x": [{"model": "m", "version": "1", "torch": "2", "notes": ["a"], "graphs": []}]
     }
+
+
+def test_a_benchmark_is_listed_and_run_with_its_own_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "layer" in [one.name for one in bench_cli.benchmarks()]
+    folder = tmp_path / "benchmarks"
+    monkeypatch.setattr(bench_cli, "FOLDER", folder)
+    assert status(monkeypatch, "bench") == 2
+    assert "benchmarks are run from a checkout" in capfd.readouterr().err
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "one.py").write_text(
+        '"""Time nothing.\n\nAt all."""\n'
+        "if __name__ == '__main__':\n    import sys; print(sys.argv[1:]); sys.exit(3)\n"
+    )
+    (folder / "shared.py").write_text('"""Hold what others share."""\n')
+    assert status(monkeypatch, "bench") == 0
+    assert capfd.readouterr().out == "one  Time nothing.\n"
+    assert status(monkeypatch, "bench", "one", "--json", "file", "--help") == 3
+    assert capfd.readouterr().out == "['--json', 'file', '--help']\n"
+    assert status(monkeypatch, "bench", "shared") == 2
+    assert "no benchmark 'shared'; there are ['one']" in capfd.readouterr().err

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
 
 from moecc import cli, inspection, kernel_plans
@@ -98,6 +100,12 @@ def test_commands_that_read_no_weights_take_every_form(
     assert "mlp.experts" in invoke("plan", MODELS[form], "--memory", "50%")
     assert all(patterns == ["*.json"] for patterns in asked)
     assert bool(asked) is (form is Form.HUB)
+
+
+def test_weights_are_loaded_where_they_are_asked_for() -> None:
+    assert isinstance(next(sketch_model("checkpoint").model.parameters()), FakeTensor)
+    loaded = sketch_model("checkpoint", weights=True).model
+    assert type(next(loaded.parameters()).data) is torch.Tensor
 
 
 @pytest.mark.parametrize("command", ["run", "trace", "profile", "pack"])

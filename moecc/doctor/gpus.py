@@ -26,7 +26,7 @@ def gpus() -> Iterator[Check]:
         if target in GPUS:
             yield ok(name, about)
         else:
-            fix = f"kernels run with limits of a known one of {', '.join(GPUS)}"
+            fix = "add it to codegen/gpus.py; until then kernels keep to the limits of another one"
             yield limited(name, f"{about}; moecc has no figures of it", fix)
         if free < 4 * _COPIED:
             yield limited(f"{name} link", "too little memory to measure", "close other programs")
