@@ -17,7 +17,7 @@ from moecc.arguments import (
     complete_pass,
     complete_target,
 )
-from moecc.terminal import live_line, show, stdout
+from moecc.terminal import live_line, show
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -56,7 +56,7 @@ def passes(
     with live_line(f"compiling {model}"):
         seen = inspection.inspect(model, kernels, dtype, full, all_layers, weights)
     if diff:
-        inspection.print_diff(inspection.diff_text(seen, diff), stdout())
+        show(inspection.diff_of(seen, diff), as_json, inspection.print_diff)
     else:
         show(inspection.told(seen), as_json, inspection.print_inspection)
     if dump:

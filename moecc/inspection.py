@@ -48,6 +48,15 @@ class Inspected:
     graphs: tuple[GraphReport, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """What one pass changed."""
+
+    name: str
+    diff: str
+    """Unified, of every graph; empty where nothing changed."""
+
+
 def inspect(
     name: str,
     kernels: str = "auto",
@@ -125,7 +134,7 @@ def check_pass(name: str) -> None:
         raise OptionError(f"--diff {name!r} is not a pass{near(name, names)}; there are {names}")
 
 
-def diff_text(seen: Inspection, name: str) -> str:
+def diff_of(seen: Inspection, name: str) -> Diff:
     """Show what one pass changed in every graph.
 
     Raises `OptionError` if there is no such pass.
@@ -133,12 +142,12 @@ def diff_text(seen: Inspection, name: str) -> str:
     check_pass(name)
     steps = [step for record in seen.records for step in record.steps if step.name == name]
     diffs = [graph_diff(step.before, step.after, name) for step in steps]
-    return "\n".join(diffs).strip() or f"{name} changed nothing"
+    return Diff(name=name, diff="\n".join(diffs).strip())
 
 
-def print_diff(text: str, console: Console) -> None:
+def print_diff(seen: Diff, console: Console) -> None:
     """Print a diff, what was taken in red and what came in green."""
-    for line in text.splitlines():
+    for line in seen.diff.splitlines() or [f"{seen.name} changed nothing"]:
         style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 

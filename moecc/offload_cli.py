@@ -84,15 +84,16 @@ def replay(
     from moecc.runtime.offload import profile as profiles
     from moecc.runtime.offload import recording
 
-    shown = replaying.run(
-        recording.read(trace),
-        policy.split(","),
-        memory.split(","),
-        predict.split(","),
-        profiles.read(profile) if profile else None,
-        by_benefit,
-        pool.split(","),
-    )
+    with live_line(f"replaying {trace}", as_json):
+        shown = replaying.run(
+            recording.read(trace),
+            policy.split(","),
+            memory.split(","),
+            predict.split(","),
+            profiles.read(profile) if profile else None,
+            by_benefit,
+            pool.split(","),
+        )
     show(shown, as_json, replaying.print_replayed)
     if not shown.agrees:
         raise typer.Exit(1)

@@ -20,7 +20,7 @@ from moecc.checkpoint.pack import pack
 from moecc.checkpoint.packed import is_packed
 from moecc.model_forms import find_weights_of
 from moecc.runtime.errors import ModelError, OptionError
-from moecc.terminal import stderr
+from moecc.terminal import live_line, stderr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,8 @@ def run(
         if not calibrate.is_file():
             raise OptionError(f"there is no file {str(calibrate)!r} to calibrate with")
         text = calibrate.read_text(encoding="utf-8")
-        calibration = measure(folder, [text], dtype, compensate=compensate)
+        with live_line(f"calibrating on {calibrate}", quiet):
+            calibration = measure(folder, [text], dtype, compensate=compensate)
     elif compensate:
         raise OptionError("--compensate needs a text: give --calibrate too")
     with Progress(*columns, TimeRemainingColumn(), console=stderr(quiet), transient=True) as bar:

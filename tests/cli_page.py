@@ -33,7 +33,7 @@ from moecc.plain import members
 from moecc.runtime.offload import profile
 
 RESULTS: dict[str, Any] = {
-    "passes": inspection.Inspected,
+    "passes": inspection.Inspected | inspection.Diff,
     "why": tuple[reasons.Answer, ...],
     "kernels": list[kernel_plans.KernelPlans],
     "plan": planning.Plan,

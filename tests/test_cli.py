@@ -39,21 +39,6 @@ def factory(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_passes_shows_the_table_of_a_model_type() -> None:
-    status, text = run("passes", "qwen3_moe")
-    assert status == 0
-    for word in ("detect_moe", "fuse_experts", "lower", "layers.1.mlp", "native: mul(silu"):
-        assert word in text
-
-
-def test_passes_prints_json() -> None:
-    status, text = run("passes", "mixtral", "--json")
-    graph = json.loads(text)["graphs"][0]
-    assert status == 0
-    assert graph["passes"][0]["name"] == "detect_moe"
-    assert len(graph["blocks"]) == 2
-
-
 def test_passes_takes_a_factory_and_shows_a_diff(factory: str) -> None:
     status, text = run("passes", f"{factory}:moe", "--diff", "fuse_experts")
     assert status == 0

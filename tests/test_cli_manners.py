@@ -1,6 +1,7 @@
 """How the command line behaves towards terminals, pipes, shells and Ctrl-C."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from moecc import arguments, bench_cli, cli, inspection, planning, terminal
 from moecc.plain import plain
 from moecc.runtime.errors import ModelError
 from moecc.tiny_families import FAMILIES
+from tests.cli_page import RESULTS, check
 
 COMMANDS: dict[str, Any] = getattr(get_command(cli.app), "commands", {})
 
@@ -84,6 +86,10 @@ def test_a_closed_pipe_is_no_traceback(more: tuple[str, ...]) -> None:
     assert made.returncode == 1
 
 
+def diff(text: str) -> inspection.Diff:
+    return inspection.Diff(name="polish", diff=text)
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_colours_are_for_terminals_that_want_them(
     wanted: bool, monkeypatch: pytest.MonkeyPatch
@@ -99,7 +105,7 @@ def test_colours_are_for_terminals_that_want_them(
         monkeypatch.setenv("NO_COLOR", "1")
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
-    inspection.print_diff("+new\n-old", terminal.stdout())
+    inspection.print_diff(diff("+new\n-old"), terminal.stdout())
     assert ("\x1b[32m+new" in out.getvalue()) is wanted
     assert "new" in out.getvalue()
 
@@ -110,7 +116,7 @@ def test_a_pipe_gets_no_colours_and_no_progress(
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     with terminal.live_line("working") as tell:
         tell("still working")
-    inspection.print_diff("+new" + " long" * 40, terminal.stdout())
+    inspection.print_diff(diff("+new" + " long" * 40), terminal.stdout())
     told = capsys.readouterr()
     assert told.err == ""
     assert told.out == "+new" + " long" * 40 + "\n"
@@ -177,6 +183,8 @@ def test_a_benchmark_is_listed_and_run_with_its_own_options(
     (folder / "shared.py").write_text('"""Hold what others share."""\n')
     assert status(monkeypatch, "bench") == 0
     assert capfd.readouterr().out == "one  Time nothing.\n"
+    assert status(monkeypatch, "bench", "--json") == 0
+    check(json.loads(capfd.readouterr().out), RESULTS["bench"])
     assert status(monkeypatch, "bench", "one", "--json", "file", "--help") == 3
     assert capfd.readouterr().out == "['--json', 'file', '--help']\n"
     assert status(monkeypatch, "bench", "shared") == 2

@@ -9,14 +9,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
 
-from moecc import cli
+from moecc import cli, fold_layers, inspection
 from moecc.checkpoint.configuration import read_config
-from moecc.fold_layers import fold_layers
 from moecc.inspection import inspect
-from moecc.models import skeleton, sketch_model
+from moecc.models import Loaded, skeleton, sketch_model
 from moecc.passes.fuse_experts import kernel_spec
 from moecc.runtime.errors import ModelError
 from moecc.tiny import tiny_config
+from moecc.weightless import without_weights
 
 CONFIGS = Path(__file__).parent / "configs"
 PUBLISHED = {  # parameters by the model cards, and bytes a weight of the experts as published
@@ -62,14 +62,17 @@ def test_a_model_type_that_is_not_known_is_read_as_its_architectures(tmp_path: P
         read_config(tmp_path)
 
 
-def test_layers_that_are_left_out_are_like_those_that_stay(tmp_path: Path) -> None:
-    config = tiny_config("deepseek_v3", first_k_dense_replace=2, num_hidden_layers=11)
+def test_layers_that_are_left_out_are_like_those_that_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fold_layers, "_FEW", 4)
+    config = tiny_config("deepseek_v3", first_k_dense_replace=2, num_hidden_layers=6)
     config.save_pretrained(tmp_path)
     some, every = (inspect(str(tmp_path), all_layers=how) for how in (False, True))
     (stack,) = some.folded
-    assert (stack.path, stack.kept, stack.like) == ("model.layers", 4, (3,) * 7)
-    assert stack.traced("model.layers.9.mlp") == "model.layers.3.mlp"
-    assert stack.traced("model.layers.11.mlp") == "model.layers.11.mlp"
+    assert (stack.path, stack.kept, stack.like) == ("model.layers", 4, (3, 3))
+    assert stack.traced("model.layers.5.mlp") == "model.layers.3.mlp"
+    assert stack.traced("model.layers.6.mlp") == "model.layers.6.mlp"
     told = {
         path: (block.router_spec, kernel_spec(block), block.shared)
         for block in some.records[0].blocks
@@ -81,7 +84,7 @@ def test_layers_that_are_left_out_are_like_those_that_stay(tmp_path: Path) -> No
     }
     assert not every.folded
     assert told == whole
-    assert len(whole) == 9
+    assert len(whole) == 4
 
 
 def test_only_layers_that_are_alike_are_left_out() -> None:
@@ -93,10 +96,10 @@ def test_only_layers_that_are_alike_are_left_out() -> None:
 
     kinds = ["a", "a", "b", "a", "b", "a", "b", "a", "b", "a"]
     model = nn.ModuleDict({"layers": nn.ModuleList(Layer(i, k, 4) for i, k in enumerate(kinds))})
-    (stack,) = fold_layers(model)
+    (stack,) = fold_layers.fold_layers(model)
     assert (stack.kept, stack.like) == (4, (2, 3, 2, 3, 2, 3))
     wide = nn.ModuleList(Layer(i, "a", 4 + i // 9) for i in range(10))
-    assert not fold_layers(nn.ModuleDict({"layers": wide}))
+    assert not fold_layers.fold_layers(nn.ModuleDict({"layers": wide}))
     assert len(wide) == 10
 
 
@@ -104,3 +107,25 @@ def test_a_type_is_looked_at_in_full_without_weights() -> None:
     seen = inspect("qwen3_moe", full=True)
     assert [block.experts for block in seen.records[0].blocks] == [128, 128]
     assert str(seen.folded[0]).startswith("model.layers: 2 of 24 layers were traced")
+
+
+def test_a_model_that_decides_by_values_is_told_to_need_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale if (x * self.scale).sum().item() > 0 else x
+
+    model = Deciding()
+    mode = without_weights(model)
+    with mode:
+        loaded = Loaded(
+            name="it", model=model, tokenizer=None, inputs=(torch.ones(3),), context=mode
+        )
+    monkeypatch.setattr(inspection, "sketch_model", lambda *_: loaded)
+    with pytest.raises(ModelError, match=r"'it' decides by values .* load them with --weights"):
+        inspect("it")

@@ -16,7 +16,7 @@ from moecc.inspection import inspect
 from moecc.model_forms import Form, form_of
 from moecc.models import sketch_model
 from moecc.runtime.errors import ModelError, MoeccError
-from moecc.tiny import tiny_config, tiny_model
+from moecc.tiny import tiny_model
 
 FACTORY = """
 from moecc.tiny import tiny_model
@@ -31,7 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a MODEL of each form."""
     folder = tmp_path_factory.mktemp("forms")
     tiny_model("qwen3_moe").save_pretrained(folder / "checkpoint")
-    tiny_config("jetmoe").save_pretrained(folder / "loops")
     pack(folder / "checkpoint", folder / "packed", "int4")
     (folder / "model.py").write_text(FACTORY)
     (folder / "empty").mkdir()
@@ -137,7 +136,6 @@ def test_a_plan_of_a_packed_store_has_its_bytes() -> None:
         ("empty/", "the folder 'empty/' holds no model: it has no config.json"),
         ("headless", "the folder 'headless' has weights and no config.json; copy it there, too"),
         ("org/other", "cannot download 'org/other': OSError: org/other is nowhere"),
-        ("loops", "the code of 'loops' decides by values"),
     ],
 )  # fmt: skip
 def test_a_bad_model_says_what_where_and_what_to_do(name: str, message: str) -> None:
