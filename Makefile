@@ -31,8 +31,8 @@ lint: $(BIN)/moecc ## Check format, style and types
 
 check: lint test ## Everything that has to be green before a commit
 
-bless: $(BIN)/moecc ## Rewrite the golden files; review the diff
-	$(BIN)/pytest tests/passes --bless
+bless: $(BIN)/moecc ## Rewrite the golden files and docs/cli.md; review the diff
+	$(BIN)/pytest tests/passes tests/test_cli_golden.py tests/test_cli_page.py --bless
 
 bench: $(BIN)/moecc ## Time one MoE layer beside transformers
 	$(BIN)/python -m benchmarks.layer

@@ -22,7 +22,7 @@ from moecc.checkpoint.folders import CONFIGURATION, find_folder, near, near_path
 from moecc.fold_layers import Folded, fold_layers
 from moecc.model_forms import Form, form_of
 from moecc.runtime.errors import ModelError
-from moecc.tiny import model_and_config, tiny_model
+from moecc.tiny import default_model, tiny_model
 from moecc.weightless import without_weights
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -78,30 +78,28 @@ def sketch_model(
     """
     _check_dtype(dtype)
     form = form_of(name)
-    if weights or form is Form.FACTORY or (form is Form.TYPE and not full):
+    loads = {Form.FACTORY: True, Form.TYPE: not full}
+    if loads.get(form, weights):
         return load_model(name, dtype)
-    model = skeleton(name, dtype, full)
+    model = skeleton(name, dtype)
     folded = () if all_layers else fold_layers(model)
     mode = without_weights(model)
     with mode:
         return _loaded(name, model, context=mode, folded=folded)
 
 
-def skeleton(name: str, dtype: str = "auto", full: bool = True) -> nn.Module:
+def skeleton(name: str, dtype: str = "auto") -> nn.Module:
     """Make a MODEL on the meta device, in eval mode; of a hub id only the configuration is fetched.
 
-    `full` is for a model type: its default configuration, in bfloat16 as models are published.
-    Raises what `load_model` does.
+    A model type is its default configuration, in bfloat16 as models are published. Raises what
+    `load_model` does.
     """
     _check_dtype(dtype)
     match form_of(name):
         case Form.FACTORY:
             model = _from_factory(name).model.to("meta")
         case Form.TYPE:
-            model = on_meta(
-                *model_and_config(name, full),
-                "bfloat16" if full and dtype == "auto" else dtype,
-            )
+            model = on_meta(*default_model(name), "bfloat16" if dtype == "auto" else dtype)
         case _:
             folder = find_folder(name, CONFIGURATION)
             config = read_config(folder)

@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from moecc.checkpoint.folders import CONFIGURATION, find_folder
-from moecc.checkpoint.packed import read_manifest
+from moecc.checkpoint.packed import is_packed, read_manifest
 from moecc.checkpoint.recipes import find_recipes, layout_of_absent
 from moecc.checkpoint.weights import find_weights, kept_by_configuration
 from moecc.checkpoint.without_experts import Absent, take_out
@@ -136,15 +135,16 @@ def _demands(name: str, options: Options, dtype: str) -> tuple[nn.Module, list[D
         )
     sizes: dict[str, int] = {}
     kept: Schemes | None = None
-    if form is Form.PACKED:
+    folder = find_folder(name, CONFIGURATION) if form in ON_DISK else None
+    if folder is not None and is_packed(folder):
         if options.quantize is not None:
             raise OptionError(f"{name!r} is packed already; leave --quantize out")
-        sizes = {block.path: block.layout.size for block in read_manifest(Path(name)).blocks}
-    elif form is Form.GGUF:  # its header tells each tensor's codes
-        recipes = find_recipes(model, absent, find_weights(Path(name)), options)
+        sizes = {block.path: block.layout.size for block in read_manifest(folder).blocks}
+    elif folder is not None and form is Form.GGUF:  # its header tells each tensor's codes
+        recipes = find_recipes(model, absent, find_weights(folder), options)
         sizes = {one.path: one.layout.size for one in recipes}
-    elif form in ON_DISK and options.quantize is None:
-        kept = kept_by_configuration(find_folder(name, CONFIGURATION))
+    elif folder is not None and options.quantize is None:
+        kept = kept_by_configuration(folder)
     active = active_of(model)
 
     def size(one: Absent) -> int:

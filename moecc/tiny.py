@@ -58,12 +58,12 @@ def tiny_model(
     return model.eval()
 
 
-def model_and_config(model_type: str, full: bool) -> tuple[Any, Any]:
-    """Give the class and the configuration of a model type: tiny, or as transformers' defaults.
+def default_model(model_type: str) -> tuple[Any, Any]:
+    """Give the class of a model type, and the configuration that transformers has for it.
 
     Raises what `tiny_config` does.
     """
-    config = _config_class(model_type)() if full else tiny_config(model_type)
+    config = _config_class(model_type)()
     return _model_class(model_type, config), config
 
 

@@ -94,9 +94,10 @@ def test_commands_that_read_no_weights_take_every_form(
     monkeypatch.setattr(kernel_plans, "inspect", remembered)
     for command in ("passes", "why"):
         assert "model.layers.1.mlp.experts" in invoke(command, MODELS[form])
+    assert "mlp.experts" in invoke("plan", MODELS[form], "--memory", "50%")
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
     text = invoke("kernels", MODELS[form], "--tokens", "1", "--dtype", "float32")
     assert "model.layers.0.mlp.experts and 1 more" in text
-    assert "mlp.experts" in invoke("plan", MODELS[form], "--memory", "50%")
     assert all(patterns == ["*.json"] for patterns in asked)
     assert bool(asked) is (form is Form.HUB)
 

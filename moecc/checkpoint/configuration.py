@@ -29,7 +29,7 @@ def read_config(folder: Path) -> Any:
     transformers = import_transformers()
     file = folder / "config.json"
     if not file.is_file():
-        raise ModelError(f"there is no {str(file)!r}: a checkpoint folder has one")
+        raise ModelError(f"cannot load {str(folder)!r}: it has no config.json")
     with naming(folder):
         settings: Any = json.loads(file.read_text())
         if not isinstance(settings, dict):
