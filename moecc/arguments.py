@@ -11,11 +11,15 @@ from moecc.tiny_families import FAMILIES
 def complete_model(incomplete: str) -> list[str]:
     """Give the model types, folders and files that begin so."""
     types = [name for name in FAMILIES if name.startswith(incomplete)]
-    folder, _, start = incomplete.rpartition("/")
-    paths = sorted(Path(folder or ("/" if incomplete.startswith("/") else ".")).glob(f"{start}*"))
-    folders = [f"{path}/" for path in paths if path.is_dir()]
-    files = [f"{path}:" if path.suffix == ".py" else str(path) for path in paths if path.is_file()]
-    return [*types, *folders, *(one for one in files if one.endswith((":", ".gguf")))]
+    start = incomplete.rpartition("/")[2]
+    folder = incomplete.removesuffix(start)
+    endings = {".py": ":", ".gguf": ""}
+    paths = [
+        f"{folder}{path.name}{'/' if path.is_dir() else endings[path.suffix]}"
+        for path in sorted(Path(folder or ".").glob(f"{start}*"))
+        if path.is_dir() or path.suffix in endings
+    ]
+    return [*types, *paths]
 
 
 def complete_pass(incomplete: str) -> list[str]:

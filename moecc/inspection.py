@@ -117,9 +117,10 @@ def told(seen: Inspection) -> Inspected:
 
 def print_inspection(seen: Inspected, console: Console) -> None:
     """Print each graph's passes, blocks, kernels and misses."""
-    console.print(f"moecc {seen.version} · torch {seen.torch} · {seen.model}", highlight=False)
+    about = f"moecc {seen.version} · torch {seen.torch} · {seen.model}"
+    console.print(about, markup=False, highlight=False)
     for note in seen.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if not any(graph.blocks for graph in seen.graphs):
         console.print("note: no MoE block found")
     for number, graph in enumerate(seen.graphs):

@@ -96,7 +96,7 @@ def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def machine() -> Any:
     yield ok("memory", "8.0 of 16.0 GB available, read at 25.0 GB/s", measured=25e9)
-    yield limited("C++ compiler", "no C++ compiler works here", "install g++")
+    yield limited("transformers", "not installed", "pip install 'moecc[transformers]'")
     yield broken("torch", "2.1.0, older than 2.9", "pip install -U 'torch>=2.9'")
 
 

@@ -142,6 +142,7 @@ def test_a_shell_completes_models_passes_schemes_and_targets(
     assert arguments.complete_model("qwen3_m") == ["qwen3_moe"]
     assert arguments.complete_model("qw")[-1] == "qwen/"
     assert arguments.complete_model("qwen/") == ["qwen/model.gguf", "qwen/model.py:"]
+    assert arguments.complete_model("./qw") == ["./qwen/"]
     assert set(FAMILIES) <= set(arguments.complete_model(""))
     assert arguments.complete_pass("fuse_e") == ["fuse_experts"]
     assert arguments.complete_scheme("mx") == ["mxfp4"]

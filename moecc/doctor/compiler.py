@@ -11,6 +11,7 @@ from moecc.codegen.native.isa import instructions, multiplies
 from moecc.doctor.check import Check, limited, ok
 from moecc.runtime.errors import BuildError, NoCompiler
 
+_HALVES = (torch.bfloat16, torch.float16)
 _VECTORS = ("AVX512F", "AVX2", "ARM_NEON")
 
 
@@ -24,7 +25,7 @@ def compiler() -> Iterator[Check]:
         yield limited("C++ compiler", f"{error}; torch's operators run instead", fix)
         return
     told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    yield ok("C++ compiler", f"{shlex.join(command)}: {told.stdout.splitlines()[0]}")
+    yield ok("C++ compiler", f"{shlex.join(command)}: {told.stdout.partition(chr(10))[0]}")
     threads, wanted = openmp_threads(), torch.get_num_threads()
     if threads < wanted:
         fix = "unset OMP_NUM_THREADS, or set it to the number of cores"
@@ -40,6 +41,3 @@ def compiler() -> Iterator[Check]:
     else:
         fix = "leave -march out of CXXFLAGS; on a CPU without AVX2 or NEON kernels stay slow"
         yield limited("instructions", about, fix)
-
-
-_HALVES = (torch.bfloat16, torch.float16)

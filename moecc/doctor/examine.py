@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moecc.doctor.blocks import blocks
 from moecc.doctor.check import Check
@@ -55,10 +56,9 @@ def print_examined(seen: Examined, console: Console) -> None:
     """Print a line for each check, and the fix below those that need one."""
     table = Table.grid(padding=(0, 2))
     for check in seen.checks:
-        style = _STYLES[check.status]
-        table.add_row(f"[{style}]{check.status}[/{style}]", check.name, check.found)
+        table.add_row(Text(check.status, _STYLES[check.status]), check.name, Text(check.found))
         if check.fix:
-            table.add_row("", "", f"to mend it: {check.fix}", style="bold")
+            table.add_row("", "", Text(f"to mend it: {check.fix}", "bold"))
     console.print(table, highlight=False)
     if seen.broken or seen.limited:
         console.print(f"\n{seen.broken} broken, {seen.limited} limited", highlight=False)
