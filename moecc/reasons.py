@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -61,6 +61,7 @@ def answers(seen: Inspection, path: str = "") -> tuple[Answer, ...]:
     Of layers that were left out, those like them answer. Raises `ModelError` if there is no
     candidate under `path` though there are others.
     """
+    asked = path
     for stack in seen.folded:
         path = stack.traced(path)
     every = {(one.path, one.reason): one for one in _all(seen.records)}
@@ -70,6 +71,15 @@ def answers(seen: Inspection, path: str = "") -> tuple[Answer, ...]:
     if found and not wanted:
         known = ", ".join(dict.fromkeys(one.path for one in found))
         raise ModelError(f"nothing under {path!r} looks like a MoE block; there is {known}")
+    if path != asked:
+        wanted = [
+            replace(
+                one,
+                path=asked + one.path.removeprefix(path),
+                reason=f"{one.reason}; seen in {one.path}, which is like it",
+            )
+            for one in wanted
+        ]
     return tuple(sorted(wanted, key=lambda one: not one.matched))
 
 

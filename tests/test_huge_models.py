@@ -14,6 +14,7 @@ from moecc.checkpoint.configuration import read_config
 from moecc.inspection import inspect
 from moecc.models import Loaded, skeleton, sketch_model
 from moecc.passes.fuse_experts import kernel_spec
+from moecc.reasons import answers
 from moecc.runtime.errors import ModelError
 from moecc.tiny import tiny_config
 from moecc.weightless import without_weights
@@ -71,6 +72,9 @@ def test_layers_that_are_left_out_are_like_those_that_stay(
     some, every = (inspect(str(tmp_path), all_layers=how) for how in (False, True))
     (stack,) = some.folded
     assert (stack.path, stack.kept, stack.like) == ("model.layers", 4, (3, 3))
+    (answer,) = answers(some, "model.layers.5")
+    assert answer.path == "model.layers.5.mlp.experts"
+    assert answer.reason.endswith("; seen in model.layers.3.mlp.experts, which is like it")
     assert stack.traced("model.layers.5.mlp") == "model.layers.3.mlp"
     assert stack.traced("model.layers.6.mlp") == "model.layers.6.mlp"
     told = {
