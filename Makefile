@@ -34,8 +34,8 @@ check: lint test ## Everything that has to be green before a commit
 docs: $(BIN)/moecc ## Build the site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bless: $(BIN)/moecc ## Rewrite the golden files; review the diff
-	$(BIN)/pytest tests/passes --bless
+bless: $(BIN)/moecc ## Rewrite the golden files and docs/cli.md; review the diff
+	$(BIN)/pytest tests/passes tests/test_cli_golden.py tests/test_cli_page.py --bless
 
 bench: $(BIN)/moecc ## Time one MoE layer beside transformers
 	$(BIN)/python -m benchmarks.layer

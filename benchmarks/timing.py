@@ -1,16 +1,31 @@
 """Time contenders against each other on one machine, in one run."""
 
-import functools
 import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
+from moecc.measuring import (
+    PRODUCT,
+    alternate,
+    machine,
+    plain_product,
+    plain_read,
+    product_rate,
+    read_bandwidth,
+)
+
+__all__ = [
+    "PRODUCT",
+    "alternate",
+    "machine",
+    "narrow_to",
+    "plain_product",
+    "plain_read",
+    "product_rate",
+    "read_bandwidth",
+    "table",
+]
 
 _NARROWED = {
     "avx2": {
@@ -30,95 +45,6 @@ def narrow_to(isa: str | None) -> None:
         return
     environment = {**os.environ, **_NARROWED[isa]}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def machine() -> str:
-    """Describe what was measured on, in one line."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        name = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), name)
-    isa = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"
-
-
-def alternate(
-    contenders: Mapping[str, Callable[[int], object]],
-    *,
-    seconds: float,
-    most: int = 200,
-    between: Callable[[], object] | None = None,
-) -> dict[str, float]:
-    """Return the median seconds of a call of each contender.
-
-    Contenders are called in turn, so that a slow spell of the machine hits them alike; each gets
-    about `seconds` in all, at least one call, at most `most`. A contender is given the number of
-    the call, to pick its input by. The first call of each is not timed.
-
-    With `between`, each timed call follows that and a call that is not timed: it is where threads
-    of the contender before, which spin for work, are put to sleep.
-    """
-    first: dict[str, float] = {}
-    for name, call in contenders.items():
-        for _ in range(2):  # the second call of two is warm, and is only an estimate
-            start = time.perf_counter()
-            call(0)
-            first[name] = time.perf_counter() - start
-            if first[name] > seconds:
-                break
-    rounds = {name: int(max(1, min(most, seconds / took))) for name, took in first.items()}
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(1, 1 + max(rounds.values())):
-        for name, call in contenders.items():
-            if number > rounds[name]:
-                continue
-            if between is not None:
-                between()
-                call(number - 1)
-            start = time.perf_counter()
-            call(number)
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-PRODUCT = 2 * 2048**3
-"""Floating-point operations of `plain_product`."""
-
-
-def plain_read(size: int) -> Callable[[int], object]:
-    """Read so many bytes of memory with all threads: other ones each call, of 1 GiB."""
-    block = _block()
-
-    def read(number: int) -> None:
-        left, start = size // 4, number * (size // 4) % block.numel()
-        while left > 0:
-            part = block[start : start + left]
-            part.sum()
-            left, start = left - part.numel(), 0
-
-    return read
-
-
-def plain_product() -> Callable[[int], object]:
-    """Multiply float32 matrices, 2048^3, with `torch.mm`."""
-    a, b = torch.randn(2, 2048, 2048)
-    return lambda _: a @ b
-
-
-def read_bandwidth() -> float:
-    """Measure bytes a second of reading memory with all threads."""
-    return 2**30 / alternate({"read": plain_read(2**30)}, seconds=1.0)["read"]
-
-
-def product_rate() -> float:
-    """Measure floating-point operations a second of `plain_product`."""
-    return PRODUCT / alternate({"mm": plain_product()}, seconds=1.0)["mm"]
-
-
-@functools.cache
-def _block() -> torch.Tensor:
-    return torch.ones(1 << 28)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

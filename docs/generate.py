@@ -1,21 +1,17 @@
 """Write the pages of the site that say what the code says: mkdocs calls this when it builds.
 
-README and CONTRIBUTING become pages, options come from their dataclass and the README's table, the
-command line from typer, passes from their docstrings.
+README and CONTRIBUTING become pages, options come from their dataclass and the README's table,
+passes from their docstrings.
 """
 
 import re
 from dataclasses import fields
 from inspect import getdoc, getmodule
 from pathlib import Path
-from typing import Any
 
-import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from typer.cli import get_docs_for_click
 
-from moecc.cli import app
 from moecc.passes.options import Options
 from moecc.passes.pipeline import PIPELINE
 
@@ -33,17 +29,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are generated, where none is committed."""
+    """Add the pages that are generated."""
     made = {
         "index.md": from_root("README.md"),
         "extending.md": from_root("CONTRIBUTING.md"),
         "options.md": options(),
-        "cli.md": command_line(),
         "passes.md": passes(),
     }
     for name, text in made.items():
-        if name not in files.src_uris:
-            files.append(File.generated(config, name, content=text))
+        files.append(File.generated(config, name, content=text))
     return files
 
 
@@ -73,15 +67,6 @@ def options() -> str:
         told_of = f"{meaning[0].upper()}{meaning[1:]}.\n\nValues: {values}"
         parts.append(f"## `{one.name}`\n\n{told_of}. Default: `{one.default!r}`.\n")
     return "\n".join(parts)
-
-
-def command_line() -> str:
-    """Document every command as typer does."""
-    command: Any = typer.main.get_command(app)
-    text = get_docs_for_click(
-        obj=command, ctx=typer.Context(command), name="moecc", title="Command line"
-    )
-    return re.sub(r"\[/?b\]", "`", text)
 
 
 def passes() -> str:

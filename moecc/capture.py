@@ -76,6 +76,11 @@ def take_notes() -> tuple[Miss, ...]:
     return taken
 
 
+def missing() -> tuple[Miss, ...]:
+    """Say which parts are switched off, because torch lacks a name that they lean on."""
+    return tuple(_missing)
+
+
 def traced_by_us() -> bool:
     """Tell whether Dynamo is tracing for our backend at this moment."""
     try:

@@ -1,25 +1,20 @@
 """Show moecc at work on a prompt: `moecc run`."""
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
 from moecc.generate import Comparison, Difference, compare
-from moecc.generate import Progress as Watch
+from moecc.model_forms import find_weights_of
 from moecc.models import load_model
 from moecc.reporting import Report, report
 from moecc.runtime.errors import ModelError
-
-Tell = Callable[[str], None]
-"""Changes the line that says what is going on."""
+from moecc.terminal import counting, live_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +26,10 @@ class Demo:
     comparison: Comparison
     report: Report
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values."""
-        return {
-            "prompt": self.prompt,
-            "text": self.text,
-            "same_tokens": self.comparison.difference is None,
-            "comparison": asdict(self.comparison),
-            "report": self.report.to_dict(),
-        }
+    @property
+    def same_tokens(self) -> bool:
+        """Eager and moecc gave the same."""
+        return self.comparison.difference is None
 
 
 def run(
@@ -53,12 +43,11 @@ def run(
 ) -> Demo:
     """Load, generate both ways with a live line on stderr, and compare.
 
-    Raises `ModelError` for a model without a tokenizer or with too short a context.
+    Raises `ModelError` for a MODEL without a tokenizer or with too short a context.
     """
     with live_line(f"loading {name}", quiet) as tell:
+        find_weights_of(name)
         loaded = load_model(name, dtype)
-        if loaded.tokenizer is None:
-            raise ModelError(f"{name!r} has no tokenizer; `moecc run` needs one")
         ids: torch.Tensor = loaded.tokenizer(prompt, return_tensors="pt").input_ids
         check_length(name, loaded.model, ids.shape[1] + new_tokens)
         watch = partial(counting, tell, new_tokens)
@@ -69,25 +58,6 @@ def run(
         comparison=comparison,
         report=report(loaded.model),
     )
-
-
-@contextmanager
-def live_line(first: str, quiet: bool) -> Generator[Tell]:
-    """Keep a line on stderr that says what is going on; gives a function that changes it."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar:
-        task = bar.add_task(first, total=None)
-        yield lambda line: bar.update(task, description=line)
-
-
-def counting(tell: Tell, new_tokens: int, what: str) -> Watch:
-    """Tell how many of so many new tokens there are, and how fast they come."""
-
-    def show(count: int, seconds: float) -> None:
-        rate = count / seconds if seconds else 0.0
-        tell(f"{what}: {count}/{new_tokens} tokens, {rate:.0f} tokens/s")
-
-    return show
 
 
 def print_demo(shown: Demo, console: Console) -> None:

@@ -1,21 +1,28 @@
 """Compile a MODEL just far enough to show what each pass did: `moecc passes`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from moecc import __version__
 from moecc import dump as dumping
-from moecc.models import load_model
+from moecc.checkpoint.folders import near
+from moecc.fold_layers import Folded
+from moecc.models import sketch_model
 from moecc.passes.pipeline import PIPELINE
 from moecc.passes.text import graph_diff
 from moecc.records import Record, all_records
 from moecc.render import print_graph
-from moecc.reporting import graph_report
-from moecc.runtime.errors import ModelError, OptionError
+from moecc.reporting import GraphReport, graph_report
+from moecc.runtime.errors import ModelError, MoeccError, OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,25 +31,71 @@ class Inspection:
 
     name: str
     records: tuple[Record, ...]
+    folded: tuple[Folded, ...] = ()
+    """Stacks of layers of which some were left out."""
 
 
-def inspect(name: str, kernels: str = "auto", dtype: str = "auto") -> Inspection:
-    """Load a model and call it once under the backend; graphs keep their text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """What each pass did to each graph."""
+
+    model: str
+    version: str
+    """Of moecc."""
+    torch: str
+    notes: tuple[str, ...]
+    """What the graphs do not show."""
+    graphs: tuple[GraphReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """What one pass changed."""
+
+    name: str
+    diff: str
+    """Unified, of every graph; empty where nothing changed."""
+
+
+def inspect(
+    name: str,
+    kernels: str = "auto",
+    dtype: str = "auto",
+    full: bool = False,
+    all_layers: bool = False,
+    weights: bool = False,
+) -> Inspection:
+    """Make a model, as `sketch_model` does, and call it under the backend; graphs keep their text.
 
     The inner backend is `eager`: only moecc's own passes are of interest here.
     """
-    loaded = load_model(name, dtype)
+    loaded = sketch_model(name, dtype, full, all_layers, weights)
     before = len(all_records())
     options: dict[str, Any] = {"inner": "eager", "kernels": kernels}
     compiled = torch.compile(loaded.model, backend="moecc", options=options)
-    with dumping.keeping_text(), torch.no_grad():
-        compiled(*loaded.inputs)
+    with loaded.context, dumping.keeping_text(), torch.no_grad():
+        _call(name, compiled, loaded.inputs)
     records = all_records()[before:]
     if not records:
         raise ModelError(
             f"{name!r} gave Dynamo no graph at all: nothing in its forward is a tensor"
         )
-    return Inspection(name=name, records=records)
+    return Inspection(name=name, records=records, folded=loaded.folded)
+
+
+def _call(name: str, compiled: Any, inputs: Sequence[Any]) -> None:
+    try:
+        compiled(*inputs)
+    except MoeccError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ModelError(
+            f"the code of {name!r} decides by values ({error.func}), and it has no weights to have "
+            "any; load them with --weights, or look at its model type, a tiny random instance"
+        ) from error
+    except Exception as error:  # whatever the model's own code, or Dynamo on it, raises
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"calling {name!r} failed: {type(error).__name__}: {reason}") from error
 
 
 def has_problem(seen: Inspection) -> bool:
@@ -51,39 +104,53 @@ def has_problem(seen: Inspection) -> bool:
     return not blocks or any(miss.fallback for record in seen.records for miss in record.misses)
 
 
-def to_dict(seen: Inspection) -> dict[str, Any]:
-    """Give everything but the texts as plain values."""
-    from dataclasses import asdict
+def told(seen: Inspection) -> Inspected:
+    """Give everything but the texts."""
+    return Inspected(
+        model=seen.name,
+        version=__version__,
+        torch=torch.__version__,
+        notes=tuple(map(str, seen.folded)),
+        graphs=tuple(map(graph_report, seen.records)),
+    )
 
-    return {
-        "model": seen.name,
-        "version": __version__,
-        "torch": torch.__version__,
-        "graphs": [asdict(graph_report(record)) for record in seen.records],
-    }
 
-
-def print_inspection(seen: Inspection, console: Console) -> None:
+def print_inspection(seen: Inspected, console: Console) -> None:
     """Print each graph's passes, blocks, kernels and misses."""
-    console.print(f"moecc {__version__} · torch {torch.__version__} · {seen.name}", highlight=False)
-    if not any(record.blocks for record in seen.records):
+    about = f"moecc {seen.version} · torch {seen.torch} · {seen.model}"
+    console.print(about, markup=False, highlight=False)
+    for note in seen.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if not any(graph.blocks for graph in seen.graphs):
         console.print("note: no MoE block found")
-    for number, record in enumerate(seen.records):
-        console.print(f"\ngraph {number} of {len(seen.records)}", highlight=False)
-        print_graph(graph_report(record), console)
+    for number, graph in enumerate(seen.graphs):
+        console.print(f"\ngraph {number} of {len(seen.graphs)}", highlight=False)
+        print_graph(graph, console)
 
 
-def diff_text(seen: Inspection, name: str) -> str:
+def check_pass(name: str) -> None:
+    """Raise `OptionError` if there is no such pass."""
+    names = [one.__name__ for one in PIPELINE]
+    if name not in names:
+        raise OptionError(f"--diff {name!r} is not a pass{near(name, names)}; there are {names}")
+
+
+def diff_of(seen: Inspection, name: str) -> Diff:
     """Show what one pass changed in every graph.
 
     Raises `OptionError` if there is no such pass.
     """
-    names = [one.__name__ for one in PIPELINE]
-    if name not in names:
-        raise OptionError(f"--diff {name!r} is not a pass; there are {names}")
+    check_pass(name)
     steps = [step for record in seen.records for step in record.steps if step.name == name]
     diffs = [graph_diff(step.before, step.after, name) for step in steps]
-    return "\n".join(diffs).strip() or f"{name} changed nothing"
+    return Diff(name=name, diff="\n".join(diffs).strip())
+
+
+def print_diff(seen: Diff, console: Console) -> None:
+    """Print a diff, what was taken in red and what came in green."""
+    for line in seen.diff.splitlines() or [f"{seen.name} changed nothing"]:
+        style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def dump(seen: Inspection, folder: Path) -> tuple[Path, ...]:

@@ -1,8 +1,7 @@
 """Say which Triton kernels a model's blocks run on a GPU, and what they use: `moecc kernels`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -35,6 +34,32 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a kernel uses, read from its machine code."""
+
+    kernel: str
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of registers that went to memory."""
+    shared: int
+    """Bytes of shared memory of a block."""
+    warps: int
+    """Of a block."""
+    blocks: int
+    """That an SM runs at a time; 0 where one does not fit."""
+    occupancy: float
+    """Warps on an SM over those that it can hold."""
+    products: str
+    """The instruction of tensor cores that it has; empty without one."""
+    async_copies: int
+    """Instructions that copy to shared memory while others run."""
+    loop: int
+    """Instructions of the main loop."""
+    instructions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelPlans:
     """The plans of blocks that share a kernel."""
 
@@ -48,17 +73,20 @@ class KernelPlans:
     costs: dict[str, str]
     """Of each plan, seconds over the token count T."""
     chosen: tuple[Chosen, ...]
-    resources: tuple[dict[str, Any], ...]
+    resources: tuple[Resources, ...]
     """Of each kernel that is chosen, once."""
     source: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values."""
-        return asdict(self)
-
 
 def explain(
-    model: str, target: str, tokens: Sequence[int], quantize: str = "", dtype: str = "auto"
+    model: str,
+    target: str,
+    tokens: Sequence[int],
+    quantize: str = "",
+    dtype: str = "auto",
+    full: bool = False,
+    all_layers: bool = False,
+    weights: bool = False,
 ) -> list[KernelPlans]:
     """Plan the kernels of every block of a model for a GPU that need not be there.
 
@@ -68,10 +96,12 @@ def explain(
     if quantize and quantize not in SCHEMES:
         raise OptionError(f"quantize={quantize!r} is not one of {', '.join(SCHEMES)}")
     found: dict[tuple[KernelSpec, int, RouterSpec | None], list[str]] = {}
-    for record in inspect(model, "torch", dtype).records:
+    seen = inspect(model, "torch", dtype, full, all_layers, weights)
+    for record in seen.records:
         for block in record.blocks:
             key = (_spec_on_gpu(block, quantize), block.active, block.router_spec)
-            found.setdefault(key, []).append(block.path)
+            alike = [path for stack in seen.folded for path in stack.alike(block.path)]
+            found.setdefault(key, []).extend([block.path, *alike])
     if not found:
         raise ModelError(f"no MoE block was found in {model!r}; moecc why {model} says why")
     return [_plan(*key, device, tokens, paths) for key, paths in found.items()]
@@ -128,35 +158,35 @@ def _plan(
     )
 
 
-def _resources(one: aot.Resources) -> dict[str, Any]:
-    return {
-        "kernel": one.kernel,
-        "registers": one.registers,
-        "spilled": one.spilled,
-        "shared": one.shared,
-        "warps": one.warps,
-        "blocks": one.blocks,
-        "occupancy": round(one.occupancy, 3),
-        "products": one.products,
-        "async_copies": one.async_copies,
-        "loop": size(one.loop),
-        "instructions": size(one.instructions),
-    }
+def _resources(one: aot.Resources) -> Resources:
+    return Resources(
+        kernel=one.kernel,
+        registers=one.registers,
+        spilled=one.spilled,
+        shared=one.shared,
+        warps=one.warps,
+        blocks=one.blocks,
+        occupancy=round(one.occupancy, 3),
+        products=one.products,
+        async_copies=one.async_copies,
+        loop=size(one.loop),
+        instructions=size(one.instructions),
+    )
 
 
-def _resources_line(row: dict[str, Any]) -> str:
-    products = f", {row['products']}" if row["products"] else ""
-    loop = f", {row['loop']} in the loop" if row["loop"] else ""
+def _resources_line(one: Resources) -> str:
+    products = f", {one.products}" if one.products else ""
+    loop = f", {one.loop} in the loop" if one.loop else ""
     return (
-        f"  {row['kernel']:<28} {row['registers']:>3} registers, {row['spilled']} B spilled, "
-        f"{row['shared'] / 1024:.0f} KiB shared, {row['blocks']} blocks of {row['warps']} warps an "
-        f"SM ({row['occupancy']:.0%}), {row['instructions']} instructions{loop}{products}"
+        f"  {one.kernel:<28} {one.registers:>3} registers, {one.spilled} B spilled, "
+        f"{one.shared / 1024:.0f} KiB shared, {one.blocks} blocks of {one.warps} warps an "
+        f"SM ({one.occupancy:.0%}), {one.instructions} instructions{loop}{products}"
     )
 
 
 def has_problem(found: Sequence[KernelPlans]) -> bool:
     """Tell whether a kernel spills, or does not fit the GPU."""
-    return any(row["spilled"] or not row["blocks"] for one in found for row in one.resources)
+    return any(row.spilled or not row.blocks for one in found for row in one.resources)
 
 
 def print_plans(found: Sequence[KernelPlans], console: Console, source: bool = False) -> None:

@@ -1,26 +1,14 @@
-"""Commands about experts on disk: trace, replay, profile and plan."""
+"""Commands about experts on disk: trace, replay, profile, plan and pack."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from moecc.arguments import AsJson, Checkpoint, Dtype, Output, Planned, Prompt, Quantize
+from moecc.terminal import live_line, show
 
 app = typer.Typer(rich_markup_mode="rich")
-
-Prompt = Annotated[
-    str, typer.Option("-p", "--prompt", help="Text to continue.", show_default=False)
-]
-Output = Annotated[
-    Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
-]
-Checkpoint = Annotated[
-    str,
-    typer.Argument(help="A checkpoint folder in safetensors, or a hub id.", show_default=False),
-]
-Dtype = Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @app.command(
@@ -39,7 +27,7 @@ def trace(
     lookahead: Annotated[
         int | None, typer.Option(help="Layers ahead that are predicted; 0 is none.", min=0)
     ] = None,
-    quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
+    quantize: Quantize = "",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -53,10 +41,7 @@ def trace(
     options |= {"lookahead": "auto" if lookahead is None else lookahead}
     options |= {"quantize": quantize or None}
     made = tracing.run(model, prompt, new_tokens, output, options, dtype, quiet=as_json)
-    if as_json:
-        typer.echo(json.dumps(tracing.to_dict(made), indent=2))
-    else:
-        tracing.print_traced(made, output, Console())
+    show(made, as_json, tracing.print_traced)
 
 
 @app.command(
@@ -99,19 +84,17 @@ def replay(
     from moecc.runtime.offload import profile as profiles
     from moecc.runtime.offload import recording
 
-    shown = replaying.run(
-        recording.read(trace),
-        policy.split(","),
-        memory.split(","),
-        predict.split(","),
-        profiles.read(profile) if profile else None,
-        by_benefit,
-        pool.split(","),
-    )
-    if as_json:
-        typer.echo(json.dumps(shown.to_dict(), indent=2))
-    else:
-        replaying.print_replayed(shown, Console())
+    with live_line(f"replaying {trace}", as_json):
+        shown = replaying.run(
+            recording.read(trace),
+            policy.split(","),
+            memory.split(","),
+            predict.split(","),
+            profiles.read(profile) if profile else None,
+            by_benefit,
+            pool.split(","),
+        )
+    show(shown, as_json, replaying.print_replayed)
     if not shown.agrees:
         raise typer.Exit(1)
 
@@ -132,35 +115,21 @@ def profile(
 
     All experts have to fit in memory for that. The machine should have nothing else to do.
     """
-    from dataclasses import asdict
-
     from moecc import profiling
 
     made = profiling.run(model, prompt, new_tokens, output, dtype, quiet=as_json)
-    typer.echo(json.dumps(asdict(made), indent=2) if as_json else output.read_text(), nl=as_json)
+    show(made, as_json, lambda _, console: console.out(output.read_text(), highlight=False, end=""))
 
 
 @app.command(
     epilog="Examples: [b]moecc plan CHECKPOINT --memory 8GiB[/b] · "
-    "[b]moecc plan deepseek_v3 --full --memory 10% --quantize int4[/b] · "
+    "[b]moecc plan deepseek_v3 --memory 10% --quantize int4[/b] · "
     "[b]moecc plan CHECKPOINT --memory 25% --trace t.jsonl --profile here.toml[/b]"
 )
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A checkpoint folder, a hub id, a transformers model type or file.py:factory.",
-            show_default=False,
-        ),
-    ],
+    model: Planned,
     memory: Annotated[str, typer.Option(help="For experts, as 8GiB or 25%.", show_default=False)],
-    full: Annotated[
-        bool,
-        typer.Option(
-            help="Of a model type, the size of its default configuration, not a tiny one."
-        ),
-    ] = False,
-    quantize: Annotated[str, typer.Option(help="Scheme of the experts, such as int4.")] = "",
+    quantize: Quantize = "",
     trace: Annotated[
         str, typer.Option(help="A file of moecc trace: slots go where they are hit most.")
     ] = "",
@@ -181,8 +150,44 @@ def plan(
     budget = parse_memory(memory)
     assert budget is not None
     machines = [profiles.read(name) for name in profile.split(",")]
-    made = planning.run(model, budget, machines, quantize or None, trace or None, dtype, full)
-    if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=2))
-    else:
-        planning.print_plan(made, Console())
+    with live_line(f"planning {model}", as_json):
+        made = planning.run(model, budget, machines, quantize or None, trace or None, dtype)
+    show(made, as_json, planning.print_plan)
+
+
+@app.command(
+    epilog="Examples: [b]moecc pack CHECKPOINT --quantize int4 -o packed[/b] · "
+    "[b]moecc pack org/name -o packed --json[/b]"
+)
+def pack(
+    model: Checkpoint,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The folder to write.", show_default=False)
+    ],
+    quantize: Quantize = "",
+    dtype: Dtype = "auto",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text that the model is run on first; errors then weigh as inputs are large.",
+            show_default=False,
+        ),
+    ] = None,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate", help="With --calibrate: codes make up for each other's errors (slow)."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write MODEL with its experts packed one by one, ready to be read from disk.
+
+    Stopped at any point, the same command goes on where it was. `moecc.load` reads the folder.
+    """
+    from moecc import packing
+
+    done = packing.run(
+        model, output, quantize, dtype, as_json, calibrate=calibrate, compensate=compensate
+    )
+    show(done, as_json, packing.print_packed)

@@ -2,17 +2,17 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
-from moecc.demo import counting, live_line
 from moecc.generate import Timing, compiled, generate
 from moecc.prompted import load_prompted
 from moecc.render import print_experts, print_speculation
 from moecc.reporting import Report, report
+from moecc.terminal import counting, live_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +31,6 @@ class OffloadDemo:
     def same_tokens(self) -> bool:
         """Drafts changed nothing."""
         return all(one.tokens == self.timings[0].tokens for one in self.speculative)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values."""
-        return {
-            "prompt": self.prompt,
-            "text": self.text,
-            "timings": [asdict(timing) for timing in self.timings],
-            "speculative": [asdict(timing) for timing in self.speculative],
-            "same_tokens": self.same_tokens,
-            "report": self.report.to_dict(),
-        }
 
 
 def run(

@@ -1,9 +1,8 @@
 """Pack a checkpoint with a progress bar: `moecc pack`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,9 +16,11 @@ from rich.progress import (
 
 from moecc.calibrate import calibrate as measure
 from moecc.calibrate import check_calibrates
-from moecc.checkpoint.folders import find_folder
 from moecc.checkpoint.pack import pack
-from moecc.runtime.errors import OptionError
+from moecc.checkpoint.packed import is_packed
+from moecc.model_forms import find_weights_of
+from moecc.runtime.errors import ModelError, OptionError
+from moecc.terminal import live_line, stderr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +39,6 @@ class Packed:
     calibration: str
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values."""
-        return asdict(self)
-
 
 def run(
     model: str,
@@ -57,7 +54,9 @@ def run(
     `compensate` is that of `moecc.load`. Raises `OptionError` for an unknown scheme and what
     `moecc.checkpoint.pack.pack` does.
     """
-    folder = find_folder(model)
+    folder = find_weights_of(model)
+    if is_packed(folder):
+        raise ModelError(f"{model!r} is packed already; pack the checkpoint that it was made of")
     columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     start = perf_counter()
     calibration = None
@@ -66,12 +65,11 @@ def run(
         if not calibrate.is_file():
             raise OptionError(f"there is no file {str(calibrate)!r} to calibrate with")
         text = calibrate.read_text(encoding="utf-8")
-        calibration = measure(folder, [text], dtype, compensate=compensate)
+        with live_line(f"calibrating on {calibrate}", quiet):
+            calibration = measure(folder, [text], dtype, compensate=compensate)
     elif compensate:
         raise OptionError("--compensate needs a text: give --calibrate too")
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True, quiet=quiet), transient=True
-    ) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=stderr(quiet), transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int) -> None:

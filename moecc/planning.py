@@ -2,29 +2,29 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moecc.checkpoint.folders import find_folder
+from moecc.checkpoint.folders import CONFIGURATION, find_folder
 from moecc.checkpoint.packed import is_packed, read_manifest
-from moecc.checkpoint.recipes import layout_of_absent
-from moecc.checkpoint.without_experts import Absent, make_skeleton, on_meta, take_out
+from moecc.checkpoint.recipes import find_recipes, layout_of_absent
+from moecc.checkpoint.weights import find_weights, kept_by_configuration
+from moecc.checkpoint.without_experts import Absent, take_out
 from moecc.codegen.decode_cost import LEGEND, Price, Step, formulas, price
 from moecc.footprint import other_bytes
 from moecc.loading import active_of
-from moecc.models import load_model
+from moecc.model_forms import ON_DISK, Form, form_of
+from moecc.models import skeleton
 from moecc.passes.options import Options
 from moecc.placement import place_experts, read_for
 from moecc.runtime.errors import ModelError, OptionError
 from moecc.runtime.offload.plan import Demand
 from moecc.runtime.offload.profile import Profile
 from moecc.runtime.offload.replay import replay
-from moecc.tiny import model_and_config
+from moecc.runtime.schemes.scheme import Schemes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +71,15 @@ class Plan:
         """Of experts in memory."""
         return sum(block.bytes for block in self.blocks)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values."""
-        sums = {
-            "slot_bytes": self.slot_bytes,
-            "expert_bytes": sum(block.demand.bytes for block in self.blocks),
-            "cost": formulas(),
-        }
-        return asdict(self) | sums
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts."""
+        return sum(block.demand.bytes for block in self.blocks)
+
+    @property
+    def cost(self) -> dict[str, str]:
+        """Say what the rates are made of, as formulas."""
+        return formulas()
 
 
 def run(
@@ -88,14 +89,13 @@ def run(
     quantize: str | None = None,
     trace: str | None = None,
     dtype: str = "auto",
-    full: bool = False,
 ) -> Plan:
-    """Plan for a MODEL of the command line; `full` takes a model type at its published size.
+    """Plan for a MODEL of the command line; a model type is its default configuration.
 
     Raises `ModelError` when it has no experts that moecc can leave elsewhere, `OptionError` when
     the budget is below one token's demand.
     """
-    model, demands = _demands(name, Options.parse({"quantize": quantize}), dtype, full)
+    model, demands = _demands(name, Options.parse({"quantize": quantize}), dtype)
     slots = place_experts(demands, memory, trace)
     blocks = tuple(Block(demand=one, slots=n) for one, n in zip(demands, slots, strict=True))
     step = Step(
@@ -123,29 +123,32 @@ def run(
     )
 
 
-def _demands(name: str, options: Options, dtype: str, full: bool) -> tuple[nn.Module, list[Demand]]:
+def _demands(name: str, options: Options, dtype: str) -> tuple[nn.Module, list[Demand]]:
     """Make the model without weights, take its experts out, and say what they need."""
-    sizes: dict[str, int] = {}
-    if (Path(name) / "config.json").is_file() or (name.count("/") == 1 and ":" not in name):
-        folder = find_folder(name)
-        model, absent = make_skeleton(folder, dtype)
-        if is_packed(folder):
-            if options.quantize is not None:
-                raise OptionError(f"{name!r} is packed already; leave --quantize out")
-            sizes = {block.path: block.layout.size for block in read_manifest(folder).blocks}
-    else:
-        if name.rpartition(":")[0].endswith(".py"):
-            model = load_model(name, dtype).model.to("meta")
-        else:
-            wanted = "bfloat16" if full and dtype == "auto" else dtype  # as published models have
-            model = on_meta(*model_and_config(name, full), wanted)
-        absent = tuple(take_out(model))
+    form = form_of(name)
+    model = skeleton(name, dtype)
+    absent = tuple(take_out(model))
     if not absent:
-        raise ModelError(f"{name!r} has no experts that moecc can read one by one")
+        raise ModelError(
+            f"{name!r} has no experts that moecc can read one by one; moecc why {name} says what "
+            "it finds"
+        )
+    sizes: dict[str, int] = {}
+    kept: Schemes | None = None
+    folder = find_folder(name, CONFIGURATION) if form in ON_DISK else None
+    if folder is not None and is_packed(folder):
+        if options.quantize is not None:
+            raise OptionError(f"{name!r} is packed already; leave --quantize out")
+        sizes = {block.path: block.layout.size for block in read_manifest(folder).blocks}
+    elif folder is not None and form is Form.GGUF:  # its header tells each tensor's codes
+        recipes = find_recipes(model, absent, find_weights(folder), options)
+        sizes = {one.path: one.layout.size for one in recipes}
+    elif folder is not None and options.quantize is None:
+        kept = kept_by_configuration(folder)
     active = active_of(model)
 
     def size(one: Absent) -> int:
-        return layout_of_absent(one, options.schemes(one.path))[0].size
+        return layout_of_absent(one, kept or options.schemes(one.path))[0].size
 
     return model, [
         Demand(
@@ -195,9 +198,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         cells = (f"{demand.size / 1e6:.2f}", f"{slots}/{demand.experts}", f"{megabytes:,.1f}")
         table.add_row(demand.name + more, where, *cells)
     console.print(table)
-    total = sum(block.demand.bytes for block in plan.blocks)
     console.print(
-        f"{_size(plan.slot_bytes)} of {_size(total)} of experts in memory, beside "
+        f"{_size(plan.slot_bytes)} of {_size(plan.expert_bytes)} of experts in memory, beside "
         f"{_size(plan.other_bytes)} of other weights, which are there whole; a token reads "
         f"{_size(plan.step.active_bytes)} of experts",
         soft_wrap=True,

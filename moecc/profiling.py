@@ -8,7 +8,6 @@ everything computes beside reads and after them.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,22 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.demo import counting, live_line
 from moecc.footprint import other_bytes
 from moecc.generate import compiled, generate
 from moecc.lenders import banks_of, bound_to
+from moecc.measuring import store_bandwidth
 from moecc.prompted import load_prompted
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
-from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.policy import POLICIES
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.profile import ComputeSpeed, LinkSpeed, Profile, write
-from moecc.runtime.offload.record import new_records
+from moecc.terminal import counting, live_line
 from moecc.timed_bank import Call, TimedBank
-
-_SECONDS = 0.1
-"""For which each block's experts are read one after another."""
 
 
 def run(name: str, prompt: str, new_tokens: int, output: Path, dtype: str, quiet: bool) -> Profile:
@@ -58,7 +53,7 @@ def measure(model: nn.Module, prompt: torch.Tensor, new_tokens: int, name: str) 
     `prompt` is [1, T] token ids.
     """
     banks = banks_of(model)
-    stream = statistics.median(_stream(bank) for bank in banks)
+    stream = statistics.median(store_bandwidth(bank.store) for bank in banks)
     alone = _calls(model, prompt, new_tokens, banks, apart=len(banks))
     link, active = Link(), max(call.experts for call in alone if call.tokens == 1)
     few = [_with_slots(bank, min(active, bank.store.experts), link) for bank in banks]
@@ -137,23 +132,3 @@ def _gaps(calls: Sequence[Call]) -> tuple[float, float]:
         if before.tokens == after.tokens == 1:
             (layers if after.block > before.block else tokens).append(after.start - before.end)
     return statistics.mean(layers or [0.0]), statistics.mean(tokens)
-
-
-def _stream(bank: Bank) -> float:
-    """Give the bytes a second of reading one expert after another."""
-    link, store = Link(readers=1), bank.store
-    record = new_records(1, store.layout)[1][0]
-
-    def read(expert: int) -> None:
-        one = Load(store, expert % store.experts, record)
-        link.submit(one)
-        link.wait(one)
-
-    read(0)  # opens the file, starts the reader, brings memory in
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < _SECONDS:
-        count += 1
-        read(count)
-    speed = count * store.layout.size / (time.perf_counter() - start)
-    link.close()
-    return speed

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.checkpoint.folders import find_folder
 from moecc.demo import check_length
 from moecc.loading import load
+from moecc.model_forms import find_weights_of
 from moecc.models import load_tokenizer
 
 
@@ -41,7 +41,7 @@ def load_prompted(
     def packing(done: int, total: int) -> None:
         tell(f"packing experts: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
-    folder = find_folder(name)
+    folder = find_weights_of(name)
     tokenizer = load_tokenizer(str(folder))
     model = load(folder, dtype=dtype, progress=packing, **options)
     ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -27,10 +26,6 @@ class Answer:
     """The node that stood in the way, or the one that the block became."""
     advice: str
     """What would make it match; empty for what did."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the fields as plain values."""
-        return asdict(self)
 
 
 _ADVICE: tuple[tuple[str, str], ...] = (
@@ -63,8 +58,12 @@ _DEFAULT = "write it in a way that passes/styles lists, or report it with `moecc
 def answers(seen: Inspection, path: str = "") -> tuple[Answer, ...]:
     """Answer for every candidate at or under a module path, each once, matched ones first.
 
-    Raises `ModelError` if there is no candidate under `path` though there are others.
+    Of layers that were left out, those like them answer. Raises `ModelError` if there is no
+    candidate under `path` though there are others.
     """
+    asked = path
+    for stack in seen.folded:
+        path = stack.traced(path)
     every = {(one.path, one.reason): one for one in _all(seen.records)}
     matched = {one.path for one in every.values() if one.matched}
     found = [one for one in every.values() if one.matched or one.path not in matched]
@@ -72,6 +71,15 @@ def answers(seen: Inspection, path: str = "") -> tuple[Answer, ...]:
     if found and not wanted:
         known = ", ".join(dict.fromkeys(one.path for one in found))
         raise ModelError(f"nothing under {path!r} looks like a MoE block; there is {known}")
+    if path != asked:
+        wanted = [
+            replace(
+                one,
+                path=asked + one.path.removeprefix(path),
+                reason=f"{one.reason}; seen in {one.path}, which is like it",
+            )
+            for one in wanted
+        ]
     return tuple(sorted(wanted, key=lambda one: not one.matched))
 
 

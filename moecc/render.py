@@ -10,8 +10,7 @@ from rich.table import Table
 
 from moecc.lenders import ExpertsReport
 from moecc.reporting import GraphReport, Report
-
-WIDTH = 110
+from moecc.terminal import WIDTH
 
 
 def report_text(report: Report) -> str:
@@ -26,7 +25,7 @@ def print_report(report: Report, console: Console) -> None:
     """Print a report to a terminal or a file: graphs, their blocks and kernels, other roads."""
     console.print(f"moecc {report.version} · torch {report.torch}")
     for note in report.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)
     if report.graphs:
         console.print(_graphs(report.graphs))
         _print_found(report.graphs, console)

@@ -1,9 +1,8 @@
 """Tell what other caches, and other machines, would have done in a recorded run: `moecc replay`."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +12,7 @@ from moecc.placement import requests_of
 from moecc.runtime.errors import OptionError
 from moecc.runtime.offload.plan import share_by_benefit, share_slots
 from moecc.runtime.offload.profile import Profile
-from moecc.runtime.offload.recording import Recording
+from moecc.runtime.offload.recording import Pooled, Recording
 from moecc.runtime.offload.replay import PREDICTIONS, REPLAYED, replay
 from moecc.runtime.offload.simulate import GOVERNED, Simulated, simulate
 
@@ -51,21 +50,26 @@ class Row:
         """Hits over experts asked for."""
         return self.hits / self.asked if self.asked else 1.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values."""
-        plain: dict[str, Any] = asdict(self)
-        plain |= {"misses": self.misses, "hit_rate": self.hit_rate}
-        if self.simulated is not None:
-            plain["simulated"]["decode_rate"] = self.simulated.decode_rate
-        return plain
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """The run that was replayed."""
+
+    model: str
+    policy: str
+    pools: tuple[Pooled, ...]
+    """Slots, and what the engine counted."""
+    decode_rate: float
+    """Tokens a second where it was made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """A run beside what others would have been."""
 
-    recording: Recording
+    run: Recorded
     profile: str | None
+    """The name of the hardware whose times were simulated."""
     own: Row
     """The run's own settings, replayed."""
     rows: tuple[Row, ...]
@@ -73,21 +77,9 @@ class Replayed:
     @property
     def agrees(self) -> bool:
         """The replay of the run's own settings counts what its engine counted."""
-        counted = [(one.asked, one.hits, one.predicted) for one in self.recording.pools]
+        counted = [(one.asked, one.hits, one.predicted) for one in self.run.pools]
         sums = tuple(map(sum, zip(*counted, strict=True)))
         return (self.own.asked, self.own.hits, self.own.predicted) == sums
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give everything but the events as plain values."""
-        pools = [asdict(one) for one in self.recording.pools]
-        run: dict[str, Any] = {
-            "model": self.recording.model,
-            "policy": self.recording.policy,
-            "pools": pools,
-        }
-        run["decode_rate"] = self.recording.decode_rate
-        about = {"run": run, "agrees": self.agrees, "profile": self.profile}
-        return about | {"own": self.own.to_dict(), "rows": [row.to_dict() for row in self.rows]}
 
 
 def run(
@@ -116,7 +108,12 @@ def run(
         ]
     own = _slots(recording, OWN, False)
     return Replayed(
-        recording=recording,
+        run=Recorded(
+            model=recording.model,
+            policy=recording.policy,
+            pools=recording.pools,
+            decode_rate=recording.decode_rate,
+        ),
         profile=profile and profile.name,
         own=_row(recording, OWN, OWN, own, recording.policy, "recorded", profile),
         rows=tuple(rows),
@@ -207,7 +204,7 @@ def print_replayed(shown: Replayed, console: Console) -> None:
     if timed:
         console.print(
             f"decoding on {shown.profile}, simulated; the run itself had "
-            f"{shown.recording.decode_rate:.1f} tokens/s where it was made",
+            f"{shown.run.decode_rate:.1f} tokens/s where it was made",
             markup=False,
             highlight=False,
         )

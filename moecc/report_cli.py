@@ -1,12 +1,15 @@
 """The command `moecc report`."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from moecc.arguments import AllLayers, AsJson, Dtype, Full, Kernels, Model, Quantize, Weights
+from moecc.plain import plain
+from moecc.runtime.errors import OptionError
+from moecc.terminal import live_line, stderr
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -17,13 +20,7 @@ app = typer.Typer(rich_markup_mode="rich")
     "[b]moecc report model.py:make --json[/b]"
 )
 def report(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A checkpoint folder, a hub id, a transformers model type or file.py:factory.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file to write.", show_default=False)
     ] = None,
@@ -34,20 +31,19 @@ def report(
     profile: Annotated[
         str, typer.Option(help="Hardware: files of moecc profile, or names; up to four.")
     ] = "a100-pcie4,h100-pcie5,rtx4090",
-    quantize: Annotated[str, typer.Option(help="Of the plan: scheme of the experts.")] = "",
-    kernels: Annotated[str, typer.Option(help="Emitter: auto, triton, native or torch.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Weights: auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what the pictures show as JSON.")
-    ] = False,
+    quantize: Quantize = "",
+    kernels: Kernels = "auto",
+    full: Full = False,
+    all_layers: AllLayers = False,
+    weights: Weights = False,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Write what moecc does to MODEL as one HTML file that needs no network.
 
-    Graphs before and after each pass, a roofline, with --memory a plan, and with --trace the load
-    of experts and what their cache did. Exit status 1 if no MoE block was found or something fell
-    back.
+    Graphs before and after each pass, a roofline, with --memory a plan (of a model type at its
+    default size), and with --trace the load of experts and what their cache did. Exit status 1 if
+    no MoE block was found or something fell back.
     """
     from moecc import inspection
     from moecc.report_html import report as reports
@@ -55,19 +51,19 @@ def report(
 
     machines = [profiles.read(name) for name in profile.split(",")]
     if len(machines) > reports.MOST_MACHINES:
-        raise typer.BadParameter(f"--profile names {len(machines)}; up to four are told apart")
+        raise OptionError(f"--profile names {len(machines)}; up to four are told apart")
     if output is None and not as_json:
         raise typer.BadParameter("give a file to write with -o FILE, or --json")
-    seen = inspection.inspect(model, kernels, dtype)
-    data = reports.gather(
-        seen, machines, memory=memory, trace=trace, quantize=quantize, dtype=dtype
-    )
-    if as_json:
-        typer.echo(json.dumps(asdict(reports.told(data)), indent=2))
+    with live_line(f"compiling {model}"):
+        seen = inspection.inspect(model, kernels, dtype, full, all_layers, weights)
+        data = reports.gather(
+            seen, machines, memory=memory, trace=trace, quantize=quantize, dtype=dtype
+        )
     if output is not None:
         text = reports.html(data)
         output.write_text(text, encoding="utf-8")
-        size = f"{len(text) / 1e6:.1f} MB"
-        Console(stderr=True).print(f"{output}: {size}", markup=False, highlight=False)
+        stderr().print(f"{output}: {len(text) / 1e6:.1f} MB", markup=False, highlight=False)
+    if as_json:
+        typer.echo(json.dumps(plain(reports.told(data)), indent=2))
     if inspection.has_problem(seen):
         raise typer.Exit(1)

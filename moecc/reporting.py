@@ -1,6 +1,5 @@
 """Tell what moecc did to a model: blocks, passes, kernels, roads taken, what it left alone."""
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from moecc import __version__, transformers_experts
 from moecc.lenders import ExpertsReport, report_experts
 from moecc.passes.pipeline import Step
+from moecc.plain import plain
 from moecc.records import Record, all_records, notes_about
 from moecc.runtime.errors import InputError
 from moecc.speculation.known import speculations
@@ -68,8 +68,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as plain lists, dictionaries, numbers and strings."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
+        return plain(self)
 
     def __str__(self) -> str:
         """Write the report as text."""

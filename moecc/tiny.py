@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moecc.runtime.errors import MissingExtra, ModelError
-from moecc.tiny_families import CLASSES, EXCEPTIONS, MODEL_TYPES, SIZES
+from moecc.checkpoint.configuration import import_transformers
+from moecc.checkpoint.folders import near
+from moecc.runtime.errors import ModelError
+from moecc.tiny_families import CLASSES, EXCEPTIONS, FAMILIES, MODEL_TYPES, SIZES
 
 _AUTO = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_MAPPING")
 """Where transformers keeps the class of a configuration, the most useful kind first."""
@@ -56,22 +58,22 @@ def tiny_model(
     return model.eval()
 
 
-def model_and_config(model_type: str, full: bool) -> tuple[Any, Any]:
-    """Give the class and the configuration of a model type: tiny, or as transformers' defaults.
+def default_model(model_type: str) -> tuple[Any, Any]:
+    """Give the class of a model type, and the configuration that transformers has for it.
 
     Raises what `tiny_config` does.
     """
-    config = _config_class(model_type)() if full else tiny_config(model_type)
+    config = _config_class(model_type)()
     return _model_class(model_type, config), config
 
 
 def _config_class(model_type: str) -> Any:
-    mapping: Any = _transformers().CONFIG_MAPPING
+    mapping: Any = import_transformers().CONFIG_MAPPING
     known = MODEL_TYPES.get(model_type, model_type)
     if known not in mapping:
         raise ModelError(
-            f"{model_type!r} is no checkpoint folder, no file.py:factory and no model type of "
-            "the installed transformers"
+            f"{model_type!r} is no checkpoint, no file.py:factory and no model type that the "
+            f"installed transformers knows{near(model_type, [*FAMILIES, *mapping])}"
         )
     whole: Any = mapping[known]
     parts: dict[str, Any] = getattr(whole, "sub_configs", None) or {}
@@ -85,21 +87,12 @@ def _settings(kind: Any) -> set[str]:
     return set(inspect.signature(kind.__init__).parameters)
 
 
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingExtra(
-            "model types need transformers: pip install moecc[transformers]"
-        ) from error
-
-
 def _model_class(model_type: str, config: Any) -> Any:
     if name := CLASSES.get(model_type):
         modeling = type(config).__module__.replace(".configuration_", ".modeling_")
         return getattr(importlib.import_module(modeling), name)
     for auto in _AUTO:
-        mapping: Any = getattr(_transformers(), auto)
+        mapping: Any = getattr(import_transformers(), auto)
         if type(config) in mapping:
             return mapping[type(config)]
     raise ModelError(f"{model_type!r} has no model that transformers' Auto classes know")

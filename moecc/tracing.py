@@ -2,26 +2,48 @@
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 
-from moecc.demo import counting, live_line
 from moecc.footprint import other_bytes
 from moecc.generate import compiled, generate
 from moecc.lenders import banks_of
 from moecc.loading import demands_of
+from moecc.plain import members
 from moecc.prompted import load_prompted
+from moecc.runtime.offload.plan import Demand
 from moecc.runtime.offload.policy import AUTO
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.recording import Pooled, Recording, write
 from moecc.runtime.offload.trace import Counts, Event
+from moecc.terminal import counting, live_line
 
 _FEW = 4
 """New tokens that compile both graphs: a prefill and decoding steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """A run that was recorded."""
+
+    file: str
+    model: str
+    policy: str
+    blocks: tuple[Demand, ...]
+    """In the order of their numbers."""
+    pool_of: tuple[int, ...]
+    """For each block, whose slots it uses."""
+    pools: tuple[Pooled, ...]
+    other_bytes: int
+    """Of weights beside the experts."""
+    decode_rate: float
+    """Tokens a second of the run, which began with empty slots."""
+    events: int
+    """Lines of the file after the first."""
 
 
 def run(
@@ -32,7 +54,7 @@ def run(
     options: dict[str, Any],
     dtype: str,
     quiet: bool,
-) -> Recording:
+) -> Traced:
     """Load with `moecc.load`, generate once, compiled, and write every event from the first.
 
     Raises what `load_prompted` does.
@@ -46,7 +68,8 @@ def run(
                 timing = generate(model, ids, new_tokens, counting(tell, new_tokens, "tracing"))
     made = recording(timing.decode_rate)
     write(made, output)
-    return made
+    known: Any = {name: getattr(made, name) for name in members(Recording)}
+    return Traced(**known | {"file": str(output), "events": len(made.events)})
 
 
 @contextmanager
@@ -97,20 +120,15 @@ def _counted(pool: Pool, before: Counts) -> Pooled:
     )
 
 
-def to_dict(recording: Recording) -> dict[str, Any]:
-    """Give everything but the events as plain values."""
-    return asdict(replace(recording, events=())) | {"events": len(recording.events)}
-
-
-def print_traced(recording: Recording, output: Path, console: Console) -> None:
+def print_traced(made: Traced, console: Console) -> None:
     """Say what was recorded and what to do with it."""
-    asked = sum(pool.asked for pool in recording.pools)
-    hits = sum(pool.hits for pool in recording.pools)
-    slots = sorted({pool.slots for pool in recording.pools})
+    asked = sum(pool.asked for pool in made.pools)
+    hits = sum(pool.hits for pool in made.pools)
+    slots = sorted({pool.slots for pool in made.pools})
     console.print(
-        f"{len(recording.events)} events of {len(recording.blocks)} blocks in {str(output)!r}; "
+        f"{made.events} events of {len(made.blocks)} blocks in {made.file!r}; "
         f"{hits} hits of {asked} with {slots} slots",
         markup=False,
         highlight=False,
     )
-    console.print(f"moecc replay {output} tells what other settings would do", highlight=False)
+    console.print(f"moecc replay {made.file} tells what other settings would do", highlight=False)

@@ -39,21 +39,6 @@ def factory(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_passes_shows_the_table_of_a_model_type() -> None:
-    status, text = run("passes", "qwen3_moe")
-    assert status == 0
-    for word in ("detect_moe", "fuse_experts", "lower", "layers.1.mlp", "native: mul(silu"):
-        assert word in text
-
-
-def test_passes_prints_json() -> None:
-    status, text = run("passes", "mixtral", "--json")
-    graph = json.loads(text)["graphs"][0]
-    assert status == 0
-    assert graph["passes"][0]["name"] == "detect_moe"
-    assert len(graph["blocks"]) == 2
-
-
 def test_passes_takes_a_factory_and_shows_a_diff(factory: str) -> None:
     status, text = run("passes", f"{factory}:moe", "--diff", "fuse_experts")
     assert status == 0
@@ -81,10 +66,10 @@ def test_a_model_without_blocks_is_a_problem(factory: str) -> None:
         (("passes", "{factory}:gone"), "has no 'gone'"),
         (("passes", "{factory}:nothing"), "returned a int"),
         (("passes", "{factory}:moe", "--diff", "polish"), "is not a pass"),
-        (("passes", "{factory}:moe", "--kernels", "cuda"), "'kernels' is 'cuda'"),
+        (("passes", "{factory}:moe", "--kernels", "cuda"), "'cuda' is not one of"),
         (("passes", "qwen3_moe", "--dtype", "int3"), "int3"),
         (("run", "qwen3_moe", "-p", "x"), "has no tokenizer"),
-        (("run", "no/such-checkpoint", "-p", "x"), "cannot load"),
+        (("run", "no/such-checkpoint", "-p", "x"), "cannot download"),
     ],
 )
 def test_wrong_use_is_status_2_and_says_what_to_do(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moecc
+from moecc import planning
 from moecc.checkpoint.pack import pack
 from moecc.runtime.errors import ModelError, StoreError
 from moecc.runtime.offload.stand_in import lender_of
@@ -106,6 +107,9 @@ def test_a_packed_store_of_it_computes_the_same(
     pack(coded, tmp_path)
     packed = moecc.load(tmp_path, expert_memory="50%")
     assert torch.equal(packed(IDS).logits, moecc.load(coded)(IDS).logits)
+    planned, lent = planning.run(str(coded), 0.5, []), moecc.report(packed).experts
+    assert lent is not None
+    assert planned.slot_bytes == lent.memory_bytes
 
 
 @pytest.mark.parametrize(("kind", "count"), [("fp8", 8), ("gptq", 8), ("mxfp4", 0)])

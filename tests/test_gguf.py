@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moecc
+from moecc import planning
 from moecc.checkpoint.pack import pack
 from moecc.runtime.errors import ModelError, StoreError
 from moecc.runtime.offload.stand_in import lender_of
@@ -154,6 +155,9 @@ def test_experts_stay_on_disk(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     model = moecc.load(file, expert_memory="50%", kernels="torch")
     assert torch.equal(model(IDS).logits, want)
     assert {bank.pool.slots for bank in banks(model)} == {4}
+    planned, lent = planning.run(str(file), 0.5, []), moecc.report(model).experts
+    assert lent is not None
+    assert planned.slot_bytes == lent.memory_bytes
     packed = pack(file, tmp_path / "packed")
     again = moecc.load(tmp_path / "packed", expert_memory="50%", kernels="torch")
     assert torch.equal(again(IDS).logits, want)

@@ -11,6 +11,7 @@ from moecc import offload_demo, packing
 from moecc.cli import app
 from moecc.generate import generate
 from moecc.models import load_tokenizer
+from moecc.plain import plain
 
 REFERENCE = Path(__file__).parent.parent / "benchmarks" / "reference"
 PROMPT = "In the beginning God created the heaven and the earth."
@@ -38,7 +39,7 @@ def test_the_text_is_that_of_the_whole_model_and_the_report_tells_why() -> None:
     text = str(shown.report)
     assert "model.layers.5.mlp.experts" in text
     assert "read from disk" in text
-    assert json.dumps(shown.to_dict())
+    assert json.dumps(plain(shown))
 
 
 def test_pack_from_the_command_line(tmp_path: Path) -> None:

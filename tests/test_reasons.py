@@ -53,20 +53,6 @@ def run(*args: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_what_was_matched_names_style_router_and_kernel() -> None:
-    status, text = run("qwen3_moe")
-    assert status == 0
-    assert text.count("matched model.layers.") == 2
-    for word in (
-        "style",
-        "2 of 8 experts",
-        "softmax → top-2 → ÷ sum",
-        "kernel native",
-        "modeling_",
-    ):
-        assert word in text
-
-
 def test_a_loop_that_stays_says_why_and_what_would_help(file: str) -> None:
     status, text = run(f"{file}:both")
     assert status == 1

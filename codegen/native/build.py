@@ -56,6 +56,11 @@ def find_compiler() -> tuple[str, ...]:
     return _find_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
 
+def openmp_threads() -> int:
+    """Ask a library that is built here how many threads OpenMP gives it; raises as `load` does."""
+    return int(load(_PROBE).probe())
+
+
 @functools.cache
 def _find_compiler(chosen: str, path: str) -> tuple[str, ...]:
     tried: list[str] = []
@@ -103,20 +108,29 @@ def _build(source: str, compiler: tuple[str, ...]) -> Path:
 
 def cache_folder() -> Path:
     """Return the owner-only folder that holds built libraries, creating it if needed."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        folder = (root if root.is_absolute() else Path.home() / ".cache") / "moecc"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = folder.lstat()
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
-            raise PermissionError(f"{folder} is not a folder that belongs to this user")
-        if info.st_mode & 0o077:
-            folder.chmod(0o700)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder} cannot be written")
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        return kept_folder()
+    except (OSError, RuntimeError) as error:
         log.warning("kernels are not kept after this process: %s", error)
         return _temporary_folder()
+
+
+def kept_folder() -> Path:
+    """Return the folder that outlives the process.
+
+    Raises `OSError` when it is not the user's alone or cannot be written, `RuntimeError` without a
+    home.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (root if root.is_absolute() else Path.home() / ".cache") / "moecc"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} is not a folder that belongs to this user")
+    if info.st_mode & 0o077:
+        folder.chmod(0o700)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written")
     return folder
 
 

@@ -27,6 +27,19 @@ def multiplies(dtype: torch.dtype) -> bool:
     )
 
 
+_INSTRUCTIONS = (
+    "AVX2", "FMA", "AVXVNNI", "AVX512F", "AVX512VNNI", "AVX512BF16", "AVX512FP16", "AMX_INT8",
+    "AMX_BF16", "ARM_NEON", "ARM_FEATURE_DOTPROD", "ARM_FEATURE_SVE",
+)  # fmt: skip
+"""What kernels are faster with, as compilers define it."""
+
+
+def instructions() -> list[str]:
+    """Name those sets of the CPU's instructions that matter; raises as `multiplies` does."""
+    known = _macros(find_compiler(), os.environ.get("CXXFLAGS", ""))
+    return [name for name in _INSTRUCTIONS if f"__{name}__" in known or f"__{name}" in known]
+
+
 @functools.cache
 def _macros(compiler: tuple[str, ...], flags: str) -> frozenset[str]:
     """Name all macros that are defined before a source begins."""

@@ -15,7 +15,8 @@ from moecc.checkpoint.formats.gptq import Gptq
 from moecc.checkpoint.formats.mxfp4 import Mxfp4
 from moecc.checkpoint.gguf import read_gguf
 from moecc.checkpoint.pieces import Piece, Stored
-from moecc.runtime.errors import ModelError
+from moecc.runtime.errors import InputError, ModelError, StoreError
+from moecc.runtime.schemes.scheme import Schemes
 
 _FORMATS = {one.method: one.of for one in (Mxfp4, Fp8, Gptq, Awq)}
 
@@ -61,6 +62,24 @@ def find_weights(folder: Path) -> Weights:
         return Weights(pieces=pieces, files=files, method=method)
     coding = _FORMATS[method](settings)
     return Weights(pieces=fold(tensors, coding), files=files, coded=True, method=method)
+
+
+def kept_by_configuration(folder: Path) -> Schemes | None:
+    """Say in what schemes experts keep their codes, by a folder's configuration alone.
+
+    None where weights are plain. Raises `ModelError` for codes that are not read, `StoreError` for
+    those that no scheme holds.
+    """
+    settings = _settings(folder)
+    if settings is None:
+        return None
+    method = str(settings.get("quant_method"))
+    Weights(pieces={}, files=(), coded=method in _FORMATS, method=method).check_method()
+    try:
+        scheme = _FORMATS[method](settings).scheme()
+    except InputError as error:
+        raise StoreError(f"{str(folder)!r}: {error}; give quantize= another scheme") from error
+    return Schemes(first=scheme, second=scheme)
 
 
 def _settings(folder: Path) -> Mapping[str, Any] | None:

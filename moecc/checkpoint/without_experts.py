@@ -5,7 +5,6 @@ modules are made, on the meta device, experts lose their matrices. transformers 
 nor initialises them, and everything else is loaded as always.
 """
 
-import importlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,18 @@ import torch
 from torch import nn
 
 from moecc.checkpoint.coded import Coded, coded_parts
+from moecc.checkpoint.configuration import (
+    import_transformers,
+    model_class,
+    naming,
+    on_meta,
+    read_config,
+)
 from moecc.checkpoint.pieces import Piece
 from moecc.checkpoint.sources import read_tensor
 from moecc.checkpoint.weights import Weights
 from moecc.records import note
-from moecc.runtime.errors import MissingExtra, ModelError, StoreError
+from moecc.runtime.errors import ModelError, StoreError
 from moecc.runtime.modules import named_modules, parameters_of
 
 _ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "down_proj")
@@ -56,12 +62,12 @@ def load_model(
     Weights in codes are dequantized; `weights` says which those of the folder are. Raises
     `ModelError` when transformers cannot load the folder, `MissingExtra` without it.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     absent: list[Absent] = []
     own = None if weights is None else weights.config
-    with _naming(folder):
-        config = transformers.AutoConfig.from_pretrained(folder) if own is None else own
-        kind = _model_class(transformers, config)
+    with naming(folder):
+        config = read_config(folder) if own is None else own
+        kind = model_class(config)
         loader = kind if with_experts else _class_without_experts(kind, absent)
         with _no_progress_bar(transformers):
             if weights is None or not weights.coded:
@@ -123,57 +129,13 @@ def make_skeleton(
     `config` is its configuration where that is not a file of its own. Raises what `load_model`
     does, and `ModelError` when there are no experts.
     """
-    transformers = _transformers()
-    with _naming(folder):
-        config = config or transformers.AutoConfig.from_pretrained(folder)
-        model = on_meta(_model_class(transformers, config), config, dtype)
+    with naming(folder):
+        config = config or read_config(folder)
+        model = on_meta(model_class(config), config, dtype)
     absent = tuple(take_out(model))
     if not absent:
         raise ModelError(f"{str(folder)!r} has no experts that moecc can read one by one")
     return model, absent
-
-
-def on_meta(kind: Any, config: Any, dtype: torch.dtype | str) -> nn.Module:
-    """Make a model without weights; "auto" is the dtype of its configuration."""
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    wanted = wanted or getattr(config, "dtype", None) or torch.get_default_dtype()
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(wanted)
-        with torch.device("meta"):
-            return kind(config)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingExtra(
-            "checkpoints need transformers: pip install moecc[transformers]"
-        ) from error
-
-
-@contextmanager
-def _naming(folder: Path) -> Generator[None]:
-    """Say which folder it was that transformers could not make a model of."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot load {str(folder)!r} with transformers: {reason}") from error
-
-
-def _model_class(transformers: Any, config: Any) -> Any:
-    """Give the class that a checkpoint was saved from."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    known = transformers.AutoModelForCausalLM._model_mapping
-    if type(config) in known:
-        return known[type(config)]
-    raise ModelError(f"transformers has no class for architectures {config.architectures}")
 
 
 def _class_without_experts(kind: Any, absent: list[Absent]) -> Any:

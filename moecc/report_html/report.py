@@ -32,6 +32,8 @@ class Data:
     """What the pages' pictures show."""
 
     model: str
+    notes: tuple[str, ...]
+    """What the graphs do not show."""
     graphs: tuple[GraphReport, ...]
     changes: Graphs
     rooflines: tuple[Roofline, ...]
@@ -52,6 +54,7 @@ class Told:
     version: str
     """Of moecc."""
     torch: str
+    notes: tuple[str, ...]
     graphs: tuple[GraphReport, ...]
     changes: tuple[Change, ...]
     rooflines: tuple[Roofline, ...]
@@ -66,6 +69,7 @@ def told(data: Data) -> Told:
         model=data.model,
         version=__version__,
         torch=torch.__version__,
+        notes=data.notes,
         graphs=data.graphs,
         changes=tuple(one.change for one in data.changes.changes),
         rooflines=data.rooflines,
@@ -99,6 +103,7 @@ def gather(
         plan = planning.run(model, budget, profiles, quantize or None, trace or None, dtype)
     return Data(
         model=model,
+        notes=tuple(map(str, seen.folded)),
         graphs=tuple(map(graph_report, seen.records)),
         changes=graphs.gather(model, seen.records),
         rooflines=roofline.gather(list(blocks.values()), profiles),
@@ -122,7 +127,7 @@ def _check(recorded: Recording, blocks: Sequence[MoeBlock], trace: str) -> None:
 
 def html(data: Data) -> str:
     """Write the page."""
-    sections = [summary.section(data.model, data.graphs), graphs.section(data.changes)]
+    sections = [summary.section(data.model, data.notes, data.graphs), graphs.section(data.changes)]
     sections += [roofline.section(data.rooflines)] if data.rooflines else []
     sections += [planned.section(data.planned)] if data.planned else []
     sections += [routing.section(data.routing)] if data.routing else []

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from moecc.report_html.page import Section, command, details, table, tiles
 from moecc.reporting import GraphReport
 
 
-def section(model: str, graphs: Sequence[GraphReport]) -> Section:
+def section(model: str, notes: Sequence[str], graphs: Sequence[GraphReport]) -> Section:
     """Write figures, the passes, blocks, kernels and misses of all graphs."""
     blocks = {block["path"]: block for graph in graphs for block in graph.blocks}
     passes = [step for graph in graphs for step in graph.passes]
@@ -24,7 +25,8 @@ def section(model: str, graphs: Sequence[GraphReport]) -> Section:
             ("ms in passes", f"{sum(step['milliseconds'] for step in passes):.0f}", ""),
         ]
     )
-    parts = [figures, "<h3>Passes</h3>", _passes(graphs)]
+    parts = [figures, *(f"<p>Note: {escape(note)}</p>" for note in notes)]
+    parts += ["<h3>Passes</h3>", _passes(graphs)]
     if blocks:
         parts += ["<h3>MoE blocks</h3>", _blocks(list(blocks.values()))]
     parts += ["<h3>Kernels</h3>", _kernels(graphs)] if blocks else []

@@ -75,7 +75,7 @@ def read(name: str) -> Profile:
     if not file.is_file():
         raise OptionError(f"no profile {name!r}: give a TOML file, or one of {names()}")
     try:
-        known: dict[str, Any] = tomllib.loads(file.read_text())
+        known: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
         return Profile(
             name=known["name"],
             tier=known["tier"],
@@ -92,11 +92,11 @@ def read(name: str) -> Profile:
 def write(profile: Profile, file: Path) -> None:
     """Write a profile as TOML."""
     about = {"name": profile.name, "tier": profile.tier, "source": profile.source}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in about.items()]
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in about.items()]
     for part, numbers in (("link", profile.link), ("compute", profile.compute)):
         lines += ["", f"[{part}]"]
         lines += [f"{name} = {value:.4g}" for name, value in asdict(numbers).items()]
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _numbers(given: dict[str, Any], kind: Any) -> dict[str, float]:

@@ -142,6 +142,13 @@ class Files:
         return held[:size]
 
 
+def opens_directly(file: Path) -> bool:
+    """Tell whether the file system of a file has direct reads."""
+    handle, direct = _open(file)
+    os.close(handle)
+    return direct
+
+
 def _open(file: Path) -> tuple[int, bool]:
     """Open for direct reads if the file system has them."""
     direct = getattr(os, "O_DIRECT", 0)
