@@ -76,6 +76,12 @@ class Depth:
             current = self.current = best
         return self._trial(current, limit)
 
+    def best_rate(self) -> float:
+        """Estimate tokens a second at the best depth above 0; 0 before drafts were timed."""
+        if self.draft is None:
+            return 0.0
+        return max(map(self.rate, range(1, self.most + 1)))
+
     def observe(self, depth: int, accepted: int, draft: float, verify: float) -> None:
         """Take note of a cycle: drafted tokens, those accepted, and the seconds of both parts."""
         for place in range(min(accepted + 1, depth)):
@@ -85,9 +91,9 @@ class Depth:
         self._counts[depth + 1] += 1
         if self._counts[depth + 1] == 1:
             return  # the first pass of a size may compile something
-        self.verify[depth + 1] = _mix(self.verify.get(depth + 1), verify)
+        self.verify[depth + 1] = mix(self.verify.get(depth + 1), verify)
         if depth:
-            self.draft = _mix(self.draft, draft / depth)
+            self.draft = mix(self.draft, draft / depth)
         self._credit += SHARE * (draft + verify)
 
     def rate(self, depth: int) -> float:
@@ -95,13 +101,14 @@ class Depth:
         chances = [self._chance(place) for place in range(depth)]
         return rate(chances, self.draft or 0.0, self.verify_seconds(depth + 1))
 
-    def table(self) -> list[tuple[int, float, float]]:
-        """List depth, expected tokens and seconds of a cycle, as far as passes were timed."""
+    def table(self) -> list[tuple[int, float, float, float]]:
+        """List depth, expected tokens, and seconds of both parts, as far as passes were timed."""
         return [
             (
                 depth,
                 tokens_of([self._chance(place) for place in range(depth)]),
-                depth * (self.draft or 0.0) + self.verify_seconds(depth + 1),
+                depth * (self.draft or 0.0),
+                self.verify_seconds(depth + 1),
             )
             for depth in range(self.most + 1)
             if self.verify and (depth == 0 or self.draft is not None)
@@ -144,5 +151,6 @@ class Depth:
         return other
 
 
-def _mix(before: float | None, new: float) -> float:
+def mix(before: float | None, new: float) -> float:
+    """Give the estimate after a new observation."""
     return new if before is None else before + _WEIGHT * (new - before)

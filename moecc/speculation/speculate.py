@@ -15,8 +15,8 @@ from moecc.runtime.schemes.scheme import SCHEMES
 from moecc.runtime.twins import foreseen
 from moecc.runtime.watch import watching
 from moecc.speculation.accept import Proposal, accept
-from moecc.speculation.copies import add_copies
 from moecc.speculation.drafts import Draft, SelfDraft, from_assistant, from_prompt
+from moecc.speculation.holding import Holding
 from moecc.speculation.known import Speculation, known
 from moecc.speculation.rewind import Rewinder
 from moecc.speculation.stepper import Stepper
@@ -38,11 +38,12 @@ def speculate(
     model's experts are copied once, and the model drafts with these copies and tells its cache of
     experts which ones the verification will need; another transformers model with the same tokens;
     or "prompt", what followed the latest tokens where they stood before. Copies take their bytes
-    from `expert_memory`, where experts have a budget, and keep them.
+    from `expert_memory`, where experts have a budget.
 
     `k` is how many tokens to draft, or "auto": as many as pay by the measured times, up to `most`,
-    or none. A model can be compiled or not; its batch is one text. A `streamer` has to be given
-    here too: transformers hands none to what `custom_generate` names.
+    or none; copies that have a price are then made once 2 % of the time has paid for it, and go
+    when drafts do not pay. A model can be compiled or not; its batch is one text. A `streamer` has
+    to be given here too: transformers hands none to what `custom_generate` names.
 
     Raises `OptionError` for bad arguments, and when `generate` runs for copies that do not fit;
     `InputError` there for a batch, for beams, and for models whose state cannot be taken back.
@@ -115,13 +116,12 @@ class _Loop:
         model = self._model
         with watching() as uses:
             outputs = model._prefill(ids, self._config, kwargs, is_first_iteration=True)
-        if about.source in SCHEMES:
-            about.copied += add_copies(about.twins, uses, SCHEMES[about.source])
+        holding = Holding(about, uses, k)
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, num_new_tokens=0)
         cache = kwargs.get("past_key_values")
         rewinder, stepper = Rewinder(cache), Stepper(model, kwargs)
         logits = outputs.logits[0, -1:].to(device=ids.device, dtype=torch.float32, copy=True)
-        del uses, outputs
+        del outputs
         source: Draft | None = None
         nothing = Proposal(tokens=ids[0, :0])
         kept, done = self._keep(ids, nothing, logits)
@@ -132,6 +132,7 @@ class _Loop:
                 break
             source = source or self._source(draft, about, ids, stepper, rewinder)
             limit = min(self._stop.max_length - ids.shape[1] - 1, rewinder.most)
+            limit = limit if holding.is_ready() else 0
             began = time.perf_counter()
             depth = about.depth.choose(limit) if k is None else min(k, limit)
             proposal = source.propose(ids, depth) if depth > 0 else nothing

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from transformers import AutoTokenizer, StoppingCriteriaList, StopStringCriteria
 import moecc
 from moecc import backend, capture
 from moecc.passes.options import Options
+from moecc.runtime.depth import Depth
 from moecc.runtime.errors import InputError, OptionError
+from moecc.runtime.rent import Rent
 from moecc.runtime.twins import drafting, twin_of
+from moecc.speculation import speculate as speculation
 from moecc.speculation.accept import Proposal
 from moecc.speculation.drafts import SelfDraft
 from moecc.speculation.known import Speculation, speculations
@@ -198,6 +202,27 @@ def test_with_experts_on_disk_the_draft_names_what_is_read(tmp_path: Path) -> No
     assert 0 < about.copied <= sum(before) - sum(after)
     counts = [bank.pool.trace.counts for bank in banks(model)]
     assert sum(one.useful for one in counts) > 0
+
+
+def test_copies_come_when_they_are_paid_for_and_give_their_slots_back(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    model = loaded(tmp_path, expert_memory="75%")
+    expected = model.generate(IDS, **SETTINGS)
+    before = [bank.pool.slots for bank in banks(model)]
+    about = Speculation(source="int8", depth=Depth(), rent=Rent(price=1e-9, credit=-1e9))
+    seen: list[tuple[bool, bool, int]] = []
+    for credit, plain in ((-1e9, 1e9), (1.0, 1e9), (0.0, 1e-9)):
+        assert about.rent is not None
+        about.rent.credit, about.rent.plain = credit, plain
+        with mock.patch.object(speculation, "known", return_value=about):
+            given = model.generate(IDS, custom_generate=moecc.speculate(draft="int8"), **SETTINGS)
+        assert torch.equal(given, expected)
+        fewer = all(bank.pool.slots < own for bank, own in zip(banks(model), before, strict=True))
+        seen.append((about.rent.held, fewer, about.rent.tries))
+    assert seen == [(False, False, 0), (True, True, 1), (False, False, 1)]
+    assert about.drafted > 0
+    assert about.copied == 0 == len(about.twins.lenders)
+    assert [bank.pool.slots for bank in banks(model)] == before
 
 
 def test_copies_that_do_not_fit_are_refused(tmp_path: Path) -> None:

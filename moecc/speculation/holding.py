@@ -1,0 +1,46 @@
+"""Have low-bit copies while drafts need them, and give their slots back while they do not pay."""
+
+import time
+from collections.abc import Sequence
+
+from moecc.runtime.rent import Rent
+from moecc.runtime.schemes.scheme import SCHEMES
+from moecc.runtime.watch import Use
+from moecc.speculation.copies import add_copies, price_of, remove_copies
+from moecc.speculation.known import Speculation
+
+
+class Holding:
+    """The copies that one generation may draft with; without a scheme, nothing is copied."""
+
+    def __init__(self, about: Speculation, uses: Sequence[Use], k: int | None) -> None:
+        """Make copies, or where they cost slots and `k` is None, prepare to.
+
+        Raises what `add_copies` raises.
+        """
+        self._about, self._uses = about, uses
+        self._scheme = SCHEMES.get(about.source)
+        if self._scheme is None or k == 0:
+            return
+        if k is None and about.rent is None:
+            price = price_of(about.twins, uses, self._scheme)
+            about.rent = Rent(price=price) if price else None
+        if k is not None or about.rent is None:
+            self._add()
+            about.rent = None  # whoever fixes a depth keeps the copies
+
+    def is_ready(self) -> bool:
+        """Tell whether drafts can be made now, once copies came or went as they are worth."""
+        rent = self._about.rent
+        if rent is not None and rent.held and not rent.pays(self._about.depth.best_rate()):
+            self._about.copied -= remove_copies(self._about.twins)
+            rent.held = False
+        elif rent is not None and rent.is_affordable():
+            began = time.perf_counter()
+            self._add()
+            rent.take(time.perf_counter() - began)
+        return rent is None or rent.held
+
+    def _add(self) -> None:
+        assert self._scheme is not None
+        self._about.copied += add_copies(self._about.twins, self._uses, self._scheme)
