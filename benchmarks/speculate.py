@@ -6,9 +6,9 @@
 The model is that of `benchmarks.offload`: the shipped one with its experts made larger. Its store
 lies in memory (`--store`, a folder of a tmpfs), behind a link that is held to so many megabytes a
 second that the ratio of compute to transfer can be that of a GPU behind PCIe. Every contender runs
-the same compiled model, the same kernels and the same tokens in the same memory: low-bit copies
-that a draft computes with are taken from the slots. Those of auto come and go; it is timed once it
-has tried them.
+the same compiled model, the same kernels and the same tokens in the same memory. Drafts compute
+with the cached experts, or with `--draft int3` on low-bit copies, which are taken from the slots;
+those of auto come and go, and it is timed once it has tried them.
 
     lru, lfu         on demand, all memory for slots
     lfu + prefetch   the next layer's experts predicted with its router
@@ -27,7 +27,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from moecc.runtime.twins import Twins
 from moecc.runtime.watch import watching
 from moecc.speculation import speculate as speculation
 from moecc.speculation.accept import Proposal
+from moecc.speculation.cached import CACHED
 from moecc.speculation.copies import Twin, add_copies
 from moecc.speculation.drafts import SelfDraft
 from moecc.speculation.known import Speculation
@@ -146,7 +147,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--memory", default="50%,75%", help="parts of the experts, in per cent")
     parser.add_argument("--link", default="400,1600", help="megabytes a second")
-    parser.add_argument("--draft", default="int3", help=f"of {[*SCHEMES]}")
+    parser.add_argument("--draft", default=CACHED, help=f"{CACHED}, or of {[*SCHEMES]}")
     parser.add_argument("--depths", default="1,2,4,8")
     parser.add_argument("--text", default="scripture,novel,code", help=f"of {[*TEXTS]}")
     parser.add_argument("--corrupt", default="0", help="per cent of drafted tokens made random")
@@ -177,14 +178,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     options = {"inner": arguments.inner}
     model.forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
-    copies = Twins()
+    copies, copied = Twins(), 0
     print(machine())
     rows: list[Row] = []
     for text in arguments.text.split(","):
         ids = tokenizer(TEXTS[text], return_tensors="pt").input_ids
         with watching() as uses:
             plain = generate(model, ids, arguments.new_tokens)
-        if not copies.lenders:
+        if arguments.draft != CACHED and not copies.lenders:
             copied = _copy(copies, uses, arguments.draft)
         for memory in arguments.memory.split(","):
             for link in map(float, arguments.link.split(",")):
@@ -228,20 +229,21 @@ def _runners(
     }
     depths: list[int | str] = [*map(int, arguments.depths.split(",")), "auto"]
     for depth in depths:
-        if depth == "auto":
-            about = Speculation(source=arguments.draft, depth=Depth(), rent=Rent(price=1.0))
-            about.rent.credit = 2.0  # a try, at once
+        if depth == "auto" and copied:
+            rent = Rent(price=1.0, credit=2.0)  # enough for a try, at once
+            about = Speculation(source=arguments.draft, depth=Depth(), rent=rent)
             banks = new_contender("lfu + prefetch", stores, slots)
             runners["auto"] = Runner(banks=banks, k=depth, about=about)
             continue
         banks = new_contender("lfu + prefetch", stores, left)
-        lenders = {
-            place: Twin(copy=twin.copy, bank=banks.banks[twin.bank.number])
+        lenders: dict[int, Lender] = {
+            place: replace(twin, bank=banks.banks[twin.bank.number])
             for place, twin in copies.lenders.items()
             if isinstance(twin, Twin) and twin.bank is not None
         }
-        about = Speculation(source=arguments.draft, depth=Depth(), twins=Twins(lenders={**lenders}))
-        runners[f"k={depth}"] = Runner(banks=banks, k=depth, about=about)
+        about = Speculation(source=arguments.draft, depth=Depth(), twins=Twins(lenders=lenders))
+        name = depth if isinstance(depth, str) else f"k={depth}"
+        runners[name] = Runner(banks=banks, k=depth, about=about)
     for one in runners.values():
         one.banks.link.limit = link * 1e6
     return runners

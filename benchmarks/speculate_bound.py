@@ -16,6 +16,7 @@ times as long as computing a token whose experts are there, as behind a throttle
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -81,9 +82,9 @@ def main() -> None:
 def record(chosen: Sequence[torch.Tensor]) -> Recording:
     """Make a recording of what each block chose, [T, K]."""
     events = [
-        Request(block=block, tokens=1, experts=tuple(sorted(experts)), hits=0)
-        for token in zip(*(one.tolist() for one in chosen), strict=True)
-        for block, experts in enumerate(token)
+        Request(block=block, tokens=1, experts=tuple(experts), hits=0)
+        for token in torch.stack(list(chosen), dim=1).sort().values
+        for block, experts in enumerate(cast(list[list[int]], token.tolist()))
     ]
     demand = Demand(name="", experts=EXPERTS, active=ACTIVE, size=SIZE)
     return Recording(

@@ -104,7 +104,7 @@ class Prediction:
 
 def main() -> None:
     """Print predictions beside measurements."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Simulate the set-ups of MoE-SpeQ.")
     parser.add_argument("--tokens", type=int, default=32)
     tokens = parser.parse_args().tokens
     lines = [["model", "decode", "slots", "experts drawn", "predicted", "paper", "apart"]]

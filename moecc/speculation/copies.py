@@ -107,14 +107,13 @@ def price_of(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> float:
     Raises what `add_copies` raises.
     """
     banked = [plan for plan in _plans(twins, uses, scheme).values() if plan.bank is not None]
-    for plan in banked[:1]:
-        for _ in range(2):
-            began = time.perf_counter()
-            spec, matrices = next(_experts(plan))
-            lay_out(matrices, plan.layout, spec, plan.schemes)
-            seconds = time.perf_counter() - began
-        return seconds * sum(plan.spec.experts + plan.slots for plan in banked)
-    return 0.0
+    seconds = 0.0
+    for plan in 2 * banked[:1]:
+        began = time.perf_counter()
+        spec, matrices = next(_experts(plan))
+        lay_out(matrices, plan.layout, spec, plan.schemes)
+        seconds = time.perf_counter() - began
+    return seconds * sum(plan.spec.experts + plan.slots for plan in banked)
 
 
 def _plans(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> "dict[int, _Plan]":

@@ -1,4 +1,4 @@
-"""Have low-bit copies while drafts need them, and give their slots back while they do not pay."""
+"""Have what drafts compute with: the cache, or low-bit copies as long as they pay."""
 
 import time
 from collections.abc import Sequence
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from moecc.runtime.rent import Rent
 from moecc.runtime.schemes.scheme import SCHEMES
 from moecc.runtime.watch import Use
+from moecc.speculation.cached import CACHED, draft_on_cached
 from moecc.speculation.copies import add_copies, price_of, remove_copies
 from moecc.speculation.known import Speculation
 
 
 class Holding:
-    """The copies that one generation may draft with; without a scheme, nothing is copied."""
+    """What one generation may draft with; another model, or the prompt, needs nothing."""
 
     def __init__(self, about: Speculation, uses: Sequence[Use], k: int | None) -> None:
         """Make copies, or where they cost slots and `k` is None, prepare to.
@@ -20,6 +21,8 @@ class Holding:
         """
         self._about, self._uses = about, uses
         self._scheme = SCHEMES.get(about.source)
+        if about.source == CACHED:
+            draft_on_cached(about.twins, uses)
         if self._scheme is None or k == 0:
             return
         if k is None and about.rent is None:

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from moecc.lenders import banks_of
 from moecc.runtime.depth import MOST
 from moecc.runtime.errors import InputError, OptionError
 from moecc.runtime.schemes.scheme import SCHEMES
 from moecc.runtime.twins import foreseen
 from moecc.runtime.watch import watching
 from moecc.speculation.accept import Proposal, accept
+from moecc.speculation.cached import CACHED
 from moecc.speculation.drafts import Draft, SelfDraft, from_assistant, from_prompt
 from moecc.speculation.holding import Holding
 from moecc.speculation.known import Speculation, known
@@ -22,10 +24,11 @@ from moecc.speculation.rewind import Rewinder
 from moecc.speculation.stepper import Stepper
 
 Generate = Callable[..., Any]
+_NAMES = ("auto", CACHED, "prompt")
 
 
 def speculate(
-    k: int | str = "auto", *, draft: Any = "int4", most: int = MOST, streamer: Any = None
+    k: int | str = "auto", *, draft: Any = "auto", most: int = MOST, streamer: Any = None
 ) -> Generate:
     """Make what `model.generate(..., custom_generate=)` takes to generate with drafts.
 
@@ -34,11 +37,13 @@ def speculate(
     The text is that of plain generation, token for token, or with sampling in distribution. Where
     two logits tie within rounding, one pass over several tokens may choose the other.
 
-    `draft` says what names the coming tokens: a scheme ("int4", "int3-g64", ...), in which the
-    model's experts are copied once, and the model drafts with these copies and tells its cache of
-    experts which ones the verification will need; another transformers model with the same tokens;
-    or "prompt", what followed the latest tokens where they stood before. Copies take their bytes
-    from `expert_memory`, where experts have a budget.
+    `draft` says what names the coming tokens: "cached", the model itself with the experts that are
+    in its cache, without those that are not; a scheme ("int4", "int3-g64", ...), in which the
+    model's experts are copied once, and it drafts with these copies; another transformers model
+    with the same tokens; or "prompt", what followed the latest tokens where they stood before. With
+    the first two, a draft tells the cache which experts the verification will need. Copies take
+    their bytes from `expert_memory`, where experts have a budget. "auto" is "cached" there, and
+    "int4" elsewhere.
 
     `k` is how many tokens to draft, or "auto": as many as pay by the measured times, up to `most`,
     or none; copies that have a price are then made once 2 % of the time has paid for it, and go
@@ -52,10 +57,9 @@ def speculate(
         raise OptionError(f'k is {k!r}; allowed: "auto" or a number of tokens')
     if most < 1:
         raise OptionError(f"most is {most!r}; allowed: a number of tokens above 0")
-    if isinstance(draft, str) and draft != "prompt" and draft not in SCHEMES:
-        raise OptionError(f'draft is {draft!r}; allowed: "prompt", a model, or {[*SCHEMES]}')
-    if not isinstance(draft, str | nn.Module):
-        raise OptionError(f"draft is {draft!r}; allowed: a scheme, a model, or 'prompt'")
+    if not isinstance(draft, nn.Module) and draft not in (*_NAMES, *SCHEMES):
+        allowed = ", ".join((*_NAMES, "a model", str([*SCHEMES])))
+        raise OptionError(f"draft is {draft!r}; allowed: {allowed}")
 
     def generate(
         model: Any,
@@ -67,10 +71,13 @@ def speculate(
         **kwargs: Any,
     ) -> Any:
         _refuse(model, input_ids, generation_config, kwargs)
-        about = known(model, draft, most)
+        named = draft
+        if draft == "auto":
+            named = CACHED if banks_of(model) else "int4"
+        about = known(model, named, most)
         fixed = None if k == "auto" else int(k)
         loop = _Loop(model, logits_processor, stopping_criteria, generation_config, streamer)
-        return loop.run(draft, about, fixed, input_ids, kwargs)
+        return loop.run(named, about, fixed, input_ids, kwargs)
 
     return generate
 
@@ -78,7 +85,10 @@ def speculate(
 def _refuse(model: Any, ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:
     """Raise `InputError` for what drafts cannot be made for."""
     if ids.shape[0] != 1:
-        raise InputError(f"speculation generates one text at a time, not a batch of {len(ids)}")
+        raise InputError(
+            f"speculation generates one text at a time, not a batch of {len(ids)}: each would keep "
+            "another number of drafted tokens; call generate for each, or leave custom_generate out"
+        )
     if config.num_beams > 1 or config.is_assistant or model.config.is_encoder_decoder:
         raise InputError(
             "speculation is for greedy search and sampling with decoder-only models: no beams, no "
@@ -138,7 +148,8 @@ class _Loop:
             proposal = source.propose(ids, depth) if depth > 0 else nothing
             drafted = time.perf_counter()
             count = len(proposal.tokens)
-            logits = self._verify(ids, proposal, stepper, rewinder, is_self=about.source in SCHEMES)
+            is_self = isinstance(source, SelfDraft)
+            logits = self._verify(ids, proposal, stepper, rewinder, is_self=is_self)
             kept, done = self._keep(ids, proposal, logits)
             rewinder.take_back(count + 1 - len(kept), count + 1)
             seconds = drafted - began, time.perf_counter() - drafted

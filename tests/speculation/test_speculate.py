@@ -189,6 +189,33 @@ def test_the_report_says_what_each_depth_would_give() -> None:
     assert "k=8: " in str(report)
 
 
+@pytest.mark.parametrize("memory", ["50%", "75%"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_it_drafts_with_the_experts_that_are_cached(
+    memory: str, quantize: str | None, tmp_path: Path
+) -> None:
+    tiny().save_pretrained(tmp_path)
+    model = loaded(tmp_path, expert_memory=memory, quantize=quantize)
+    expected = model.generate(IDS, **SETTINGS)
+    slots = [bank.pool.slots for bank in banks(model)]
+    for k in (1, 4, "auto"):
+        given = model.generate(IDS, custom_generate=moecc.speculate(k), **SETTINGS)
+        assert torch.equal(given, expected)
+    about = only(model)
+    assert (about.source, about.copied, about.twins.missing) == ("cached", 0, 0)
+    assert 0 < about.accepted <= about.drafted
+    assert [bank.pool.slots for bank in banks(model)] == slots
+    for draft in ("prompt", tiny(seed=1)):  # others draft for experts on disk, too
+        given = model.generate(IDS, custom_generate=moecc.speculate(3, draft=draft), **SETTINGS)
+        assert torch.equal(given, expected)
+
+
+def test_a_cache_is_needed_to_draft_with_it() -> None:
+    model = adopted("qwen3_moe")
+    with pytest.raises(InputError, match="expert_memory"):
+        model.generate(IDS, custom_generate=moecc.speculate(draft="cached"), **SETTINGS)
+
+
 def test_with_experts_on_disk_the_draft_names_what_is_read(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     plain = loaded(tmp_path)
