@@ -8,7 +8,7 @@ lies in memory (`--store`, a folder of a tmpfs), behind a link that is held to s
 second that the ratio of compute to transfer can be that of a GPU behind PCIe. Every contender runs
 the same compiled model, the same kernels and the same tokens in the same memory. Drafts compute
 with the cached experts, or with `--draft int3` on low-bit copies, which are taken from the slots;
-those of auto come and go, and it is timed once it has tried them.
+those of auto come and go. Auto is timed after it tried drafts, which time has to pay for otherwise.
 
     lru, lfu         on demand, all memory for slots
     lfu + prefetch   the next layer's experts predicted with its router
@@ -154,7 +154,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--widen", type=int, default=64, help="times the experts' size")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--inner", default="inductor", help="compiles what is not MoE")
+    parser.add_argument("--inner", default="inductor", help="compiles what is not MoE, or none")
     parser.add_argument("--store", type=Path, default=Path("/dev/shm"), help="a folder in memory")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
@@ -176,8 +176,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     """Time every contender in every cell, and print a table for each."""
     model: Any = moecc.load(folder, expert_memory="100%")
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    options = {"inner": arguments.inner}
-    model.forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
+    if arguments.inner != "none":
+        options = {"inner": arguments.inner}
+        model.forward = torch.compile(model.forward, backend="moecc", dynamic=True, options=options)
     copies, copied = Twins(), 0
     print(machine())
     rows: list[Row] = []
@@ -231,7 +232,7 @@ def _runners(
     for depth in depths:
         if depth == "auto" and copied:
             rent = Rent(price=1.0, credit=2.0)  # enough for a try, at once
-            about = Speculation(source=arguments.draft, depth=Depth(), rent=rent)
+            about = Speculation(source=arguments.draft, depth=Depth(credit=1.0), rent=rent)
             banks = new_contender("lfu + prefetch", stores, slots)
             runners["auto"] = Runner(banks=banks, k=depth, about=about)
             continue
@@ -241,7 +242,9 @@ def _runners(
             for place, twin in copies.lenders.items()
             if isinstance(twin, Twin) and twin.bank is not None
         }
-        about = Speculation(source=arguments.draft, depth=Depth(), twins=Twins(lenders=lenders))
+        about = Speculation(
+            source=arguments.draft, depth=Depth(credit=1.0), twins=Twins(lenders=lenders)
+        )
         name = depth if isinstance(depth, str) else f"k={depth}"
         runners[name] = Runner(banks=banks, k=depth, about=about)
     for one in runners.values():

@@ -13,7 +13,7 @@ that cold experts, a busy link and what reads cost the cores are in them.
 Everything is estimated while it runs. What other depths would give is only known if they are tried
 now and then. A trial costs the time that it takes beyond what its tokens are worth at the present
 rate, and is made when a small share of the time since the last one pays for it, so that being wrong
-costs no more than that share.
+costs no more than that share. So it is with the first ones, of which the worst is expected.
 """
 
 from collections import Counter
@@ -60,16 +60,16 @@ class Depth:
     """Seconds of a pass over so many tokens."""
     _counts: Counter[int] = field(default_factory=Counter[int])
     """Passes over so many tokens, the first among them."""
-    _credit: float = 0.0
+    credit: float = 0.0
     """Seconds that may go to trials."""
     _trials: int = 0
 
     def choose(self, limit: int) -> int:
         """Say how many tokens to draft now, no more than `limit`."""
         limit = min(limit, self.most)
-        for first in (0, min(2, limit)):  # what every estimate is made of
+        for first in (0, min(1, limit)):  # what every estimate is made of
             if first + 1 not in self.verify:
-                return first
+                return self._first(first)
         best = max(range(limit + 1), key=self.rate)
         current = min(self.current, limit)
         if self.rate(best) > _STAY * self.rate(current):
@@ -94,7 +94,7 @@ class Depth:
         self.verify[depth + 1] = mix(self.verify.get(depth + 1), verify)
         if depth:
             self.draft = mix(self.draft, draft / depth)
-        self._credit += SHARE * (draft + verify)
+        self.credit += SHARE * (draft + verify)
 
     def rate(self, depth: int) -> float:
         """Estimate tokens a second of drafts this long."""
@@ -130,6 +130,17 @@ class Depth:
         slope = max(0.0, (self.verify[right] - self.verify[left]) / (right - left))
         return self.verify[left] + slope * (tokens - left)
 
+    def _first(self, depth: int) -> int:
+        """Try a depth of which nothing is known once time pays for the worst.
+
+        That is a draft as slow as the model, and wrong, and a pass as long as one for each token.
+        """
+        cost = 2 * depth * self.verify.get(1, 0.0)
+        if cost > self.credit:
+            return 0
+        self.credit -= cost
+        return depth
+
     def _chance(self, place: int) -> float:
         if place < len(self.chances):
             return self.chances[place]
@@ -144,9 +155,9 @@ class Depth:
         other = others[self._trials % len(others)]
         seconds = other * (self.draft or 0.0) + self.verify_seconds(other + 1)
         cost = seconds * max(0.0, 1 - self.rate(other) / self.rate(current))
-        if cost > self._credit:
+        if cost > self.credit:
             return current
-        self._credit = 0.0
+        self.credit = 0.0
         self._trials += 1
         return other
 

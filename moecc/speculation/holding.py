@@ -42,6 +42,7 @@ class Holding:
             began = time.perf_counter()
             self._add()
             rent.take(time.perf_counter() - began)
+            self._about.depth.credit += rent.price  # what is set aside for drafts that lose
         return rent is None or rent.held
 
     def _add(self) -> None:

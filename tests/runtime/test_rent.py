@@ -31,6 +31,7 @@ class Engine:
                 rent.held = False
             elif rent.is_affordable():
                 rent.take(self.making)
+                self.depth.credit += rent.price
                 total += self.making
             k = self.depth.choose(8) if rent.held else 0
             right = 0
