@@ -67,8 +67,8 @@ class Bank:
         Raises `StoreError` when an expert cannot be read; the next call is not affected.
         """
         wanted = self._experts(ids)
-        if self.number == 0 and not is_foreseen():
-            self.guesses.trial.begin(len(hidden))
+        if self.number == 0:
+            self.guesses.trial.begin(len(hidden), foreseen=is_foreseen())
         onto = self._zeros(hidden)
         with self.pool.lock:
             groups = groups_of(wanted, self.pool.slots)
