@@ -184,11 +184,13 @@ class _Loop:
     ) -> torch.Tensor:
         """Give the model's logits [k + 1, V] after the text and after each drafted token."""
         count = len(proposal.tokens)
+        if count == 0:
+            return stepper.step(ids, 1)
         stepper = stepper.copy()
         stepper.extend(count)
         text = torch.cat((ids, proposal.tokens.unsqueeze(0)), dim=1)
         rewinder.mark()
-        with foreseen() if is_self and count else nullcontext():
+        with foreseen() if is_self else nullcontext():
             return stepper.step(text, count + 1)
 
     def _score(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
