@@ -33,7 +33,7 @@ class Holding:
             about.rent = None  # whoever fixes a depth keeps the copies
 
     def is_ready(self) -> bool:
-        """Tell whether drafts can be made now, once copies came or went as they are worth."""
+        """Tell whether "auto" can draft now, once copies came or went as they are worth."""
         rent = self._about.rent
         if rent is not None and rent.held and not rent.pays(self._about.depth.best_rate()):
             self._about.copied -= remove_copies(self._about.twins)

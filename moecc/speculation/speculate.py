@@ -142,7 +142,8 @@ class _Loop:
                 break
             source = source or self._source(draft, about, ids, stepper, rewinder)
             limit = min(self._stop.max_length - ids.shape[1] - 1, rewinder.most)
-            limit = limit if holding.is_ready() else 0
+            if k is None and not holding.is_ready():
+                limit = 0
             began = time.perf_counter()
             depth = about.depth.choose(limit) if k is None else min(k, limit)
             proposal = source.propose(ids, depth) if depth > 0 else nothing
