@@ -24,7 +24,6 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +38,8 @@ from transformers import AutoTokenizer
 import moecc
 from benchmarks.offload import REFERENCE
 from benchmarks.offload_contenders import Contender, new_contender
-from benchmarks.timing import machine, table
+from benchmarks.speculate_table import Row, judge, print_cell
+from benchmarks.timing import machine
 from benchmarks.widened import widen
 from moecc.generate import Difference, Timing, find_difference, generate
 from moecc.lenders import banks_of, bound_to
@@ -62,35 +62,8 @@ TEXTS = {
     "novel": '"My dear Emma," said Mr. Knightley, "you are a very extraordinary',
     "code": "import os\n\n\nclass Reader:\n    def __init__(self, path):\n        self.path = path",
 }
-K0 = "lfu + prefetch"
-"""What not drafting is."""
 WARM_UPS = 2
 """Rounds before those that are timed: auto may try copies, and give them back."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One contender in one cell."""
-
-    contender: str
-    memory: str
-    link: float
-    """Megabytes a second."""
-    text: str
-    corrupt: float
-    tokens_per_second: float
-    spread: tuple[float, float]
-    slots: int
-    accepted: float | None = None
-    """Of the drafted tokens."""
-    tokens_per_pass: float | None = None
-    megabytes_per_token: float
-    milliseconds: dict[str, float]
-    """Of a token: drafting, waiting for experts, and the rest."""
-    same_tokens: bool
-    tied: bool
-    """Where tokens differ from plain decoding first, the two choices' logits are equal but for
-    rounding (`moecc.generate.find_difference`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -202,9 +175,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
                         _row(name, one, plain, cell, partial(find_difference, model, ids, plain))
                         for name, one in runners.items()
                     ]
-                    _print(found, cell)
+                    print_cell(found)
                     rows += found
-    _judge(rows)
+    judge(rows)
     return rows
 
 
@@ -292,52 +265,6 @@ def _row(
         milliseconds={name: 1e3 * seconds for name, seconds in parts.items()},
         same_tokens=not different,
         tied=all(difference(one).is_tie for one in different),
-    )
-
-
-def _print(rows: Sequence[Row], cell: dict[str, Any]) -> None:
-    base = next(row for row in rows if row.contender == "lru").tokens_per_second
-    lines = [[_title(cell), "tokens/s", "over lru", "slots", "right", "tokens a pass", "MB/token"]]
-    lines[0] += ["ms/token: draft", "wait", "rest"]
-    for row in rows:
-        right = "" if row.accepted is None else f"{row.accepted:.0%}"
-        a_pass = "" if row.tokens_per_pass is None else f"{row.tokens_per_pass:.2f}"
-        rate = row.tokens_per_second
-        cells = (f"{rate:.1f}", f"{rate / base:.2f}x", str(row.slots), right, a_pass)
-        parts = (f"{part:.1f}" for part in row.milliseconds.values())
-        lines.append([row.contender, *cells, f"{row.megabytes_per_token:.1f}", *parts])
-    print(f"\n{table(lines)}")
-    different = [row.contender for row in rows if not row.same_tokens]
-    wrong = [row.contender for row in rows if not row.tied]
-    said = (
-        f"tokens differ where logits tie: {different}" if different else "all gave the same tokens"
-    )
-    print(f"tokens are wrong: {wrong}" if wrong else said, flush=True)
-
-
-def _title(cell: dict[str, Any]) -> str:
-    title = f"{cell['text']}, {cell['memory']}, {cell['link']:.0f} MB/s"
-    return title + (f", {cell['corrupt']:.0f} % corrupted" if cell["corrupt"] else "")
-
-
-def _judge(rows: Sequence[Row]) -> None:
-    """Say for each cell, and in how many, auto is as fast as it has to be."""
-    cells: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        cells[_title(asdict(row))][row.contender] = row.tokens_per_second
-    lines = [["auto in", "tokens/s", "best depth", "auto over it", "over k=0"]]
-    within = safe = 0
-    for title, rates in cells.items():
-        depths = {"k=0": rates[K0]} | {k: r for k, r in rates.items() if k.startswith("k=")}
-        best = max(depths, key=lambda k: depths[k])
-        over, over_none = rates["auto"] / depths[best], rates["auto"] / rates[K0]
-        within, safe = within + (over >= 0.95), safe + (over_none >= 0.97)
-        lines.append([title, f"{rates['auto']:.1f}", f"{best}, {depths[best]:.1f}"])
-        lines[-1] += [f"{over:.2f}x", f"{over_none:.2f}x"]
-    print(f"\n{table(lines)}")
-    print(
-        f"auto is within 5 % of the best depth in {within} of {len(cells)} cells, and no more than "
-        f"3 % below not drafting in {safe}"
     )
 
 

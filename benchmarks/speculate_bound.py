@@ -4,8 +4,8 @@
 
 In simulated time, over on-demand LRU in the same memory. Copying a token's experts takes `ratio`
 times as long as computing a token whose experts are there, as behind a throttled link
-(`benchmarks.speculate --link`); 17 to 61 is an A100 behind PCIe 4 (`benchmarks.offload_sweep`). The text is not
-generated: what this model writes repeats itself more, and caches and drafts gain more there.
+(`benchmarks.speculate --link`); 17 to 61 is an A100 behind PCIe 4 (`benchmarks.offload_sweep`). The
+text is not generated: what this model writes repeats itself more, and caches and drafts gain more.
 
     lfu          on demand
     oracle       no drafts: each block's request known when the one before it ends, and Belady

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import speculate, speculate_bound, speculate_paper
+from benchmarks.speculate_table import K0
 
 SMALL = {
     "memory": "75%", "link": "400", "text": "novel", "depths": "2", "new-tokens": "8",
@@ -23,7 +24,7 @@ def test_the_sweep_times_every_depth_and_judges_auto(
     given = SMALL | {"store": tmp_path, "json": file, "draft": draft, "corrupt": corrupt}
     speculate.main([f"--{name}={value}" for name, value in given.items()])
     rows = json.loads(file.read_text())["results"]
-    assert [row["contender"] for row in rows] == ["lru", "lfu", speculate.K0, "k=2", "auto"]
+    assert [row["contender"] for row in rows] == ["lru", "lfu", K0, "k=2", "auto"]
     assert all(row["tied"] for row in rows)
     assert (rows[3]["accepted"] < 0.1) == (corrupt == 100)
     assert (rows[3]["slots"] < 24) == (draft == "int8")
