@@ -37,7 +37,7 @@ def plot(results: Sequence[dict[str, Any]], folder: Path) -> None:
         for name, style in (("lru", ":"), ("lfu + prefetch", "--"), ("auto", "-")):
             panel.axhline(rates[name], linestyle=style, color="black", linewidth=1, label=name)
         text, memory, link, corrupt = cell
-        wrong = f", {corrupt:.0%} corrupted" if corrupt else ""
+        wrong = f", {corrupt:.0f} % corrupted" if corrupt else ""
         panel.set_title(f"{text}, {memory}, {link:.0f} MB/s{wrong}", fontsize=9)
         panel.set_ylim(bottom=0)
     axes[0][0].legend(fontsize=7)

@@ -63,8 +63,9 @@ def run(
         str, typer.Option(help="Draft so many tokens a pass, or auto: as many as pay.")
     ] = "",
     draft: Annotated[
-        str, typer.Option(help="What drafts: a scheme of the model's own experts, or prompt.")
-    ] = "int4",
+        str,
+        typer.Option(help="What drafts: cached, a scheme of the model's own experts, or prompt."),
+    ] = "auto",
     kernels: Kernels = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,

@@ -81,10 +81,19 @@ def print_speculation(speculation: dict[str, Any], console: Console) -> None:
         f"drafts by {source}: {speculation['tokens']} tokens in {speculation['cycles']} passes, "
         f"{drafted} drafted{share}" + (f"; copies of {copied / 1e6:,.1f} MB" if copied else "")
     )
-    for one in speculation["depths"]:
-        chosen = " <- now" if one["k"] == speculation["k"] else ""
+    rent = speculation["copies"]
+    if rent is not None and rent["plain"] is not None:
         console.print(
-            f"  k={one['k']}: {one['tokens']:.2f} tokens / {one['seconds'] * 1e3:.1f} ms{chosen}",
+            f"  copies are {'there' if rent['held'] else 'not there'}, made {rent['made']} times, "
+            f"{rent['price']:.1f} s each; without, a token takes {rent['plain'] * 1e3:.1f} ms",
+            highlight=False,
+        )
+    drafts = rent is None or rent["held"]
+    for one in speculation["depths"]:
+        chosen = " <- now" if drafts and one["k"] == speculation["k"] else ""
+        console.print(
+            f"  k={one['k']}: {one['tokens']:.2f} tokens / {one['seconds'] * 1e3:.1f} ms, of which "
+            f"{one['draft'] * 1e3:.1f} drafting and {one['verify'] * 1e3:.1f} verifying{chosen}",
             highlight=False,
         )
     if speculation["calls_without_copy"]:

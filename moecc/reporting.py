@@ -61,9 +61,11 @@ class Report:
     experts: ExpertsReport | None
     """Where experts live that are not in the model's own tensors (`moecc.load`)."""
     speculation: tuple[dict[str, Any], ...]
-    """Of each source of drafts: source, copied_bytes, calls_without_copy (calls that drafted with
-    a block's own weights), cycles, drafted, accepted, tokens, chances (of the i-th drafted token
-    where those before it stayed), k, depths (k, tokens, seconds, rate: what each would give)"""
+    """Of each source of drafts: source, copied_bytes, copies (held, made: times, price: seconds,
+    plain: seconds of a token without; None where no cache gives slots), calls_without_copy (calls
+    that drafted with a block's own weights), cycles, drafted, accepted, tokens, draft_seconds,
+    verify_seconds, chances (of the i-th drafted token where those before it stayed), k, depths (k,
+    tokens, draft, verify, seconds, rate: what each would give)"""
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:

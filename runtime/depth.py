@@ -13,7 +13,7 @@ that cold experts, a busy link and what reads cost the cores are in them.
 Everything is estimated while it runs. What other depths would give is only known if they are tried
 now and then. A trial costs the time that it takes beyond what its tokens are worth at the present
 rate, and is made when a small share of the time since the last one pays for it, so that being wrong
-costs no more than that share.
+costs no more than that share. So it is with the first ones, of which the worst is expected.
 """
 
 from collections import Counter
@@ -60,21 +60,27 @@ class Depth:
     """Seconds of a pass over so many tokens."""
     _counts: Counter[int] = field(default_factory=Counter[int])
     """Passes over so many tokens, the first among them."""
-    _credit: float = 0.0
+    credit: float = 0.0
     """Seconds that may go to trials."""
     _trials: int = 0
 
     def choose(self, limit: int) -> int:
         """Say how many tokens to draft now, no more than `limit`."""
         limit = min(limit, self.most)
-        for first in (0, min(2, limit)):  # what every estimate is made of
+        for first in (0, min(1, limit)):  # what every estimate is made of
             if first + 1 not in self.verify:
-                return first
+                return self._first(first)
         best = max(range(limit + 1), key=self.rate)
         current = min(self.current, limit)
         if self.rate(best) > _STAY * self.rate(current):
             current = self.current = best
         return self._trial(current, limit)
+
+    def best_rate(self) -> float:
+        """Estimate tokens a second at the best depth above 0; 0 before drafts were timed."""
+        if self.draft is None:
+            return 0.0
+        return max(map(self.rate, range(1, self.most + 1)))
 
     def observe(self, depth: int, accepted: int, draft: float, verify: float) -> None:
         """Take note of a cycle: drafted tokens, those accepted, and the seconds of both parts."""
@@ -85,23 +91,24 @@ class Depth:
         self._counts[depth + 1] += 1
         if self._counts[depth + 1] == 1:
             return  # the first pass of a size may compile something
-        self.verify[depth + 1] = _mix(self.verify.get(depth + 1), verify)
+        self.verify[depth + 1] = mix(self.verify.get(depth + 1), verify)
         if depth:
-            self.draft = _mix(self.draft, draft / depth)
-        self._credit += SHARE * (draft + verify)
+            self.draft = mix(self.draft, draft / depth)
+        self.credit += SHARE * (draft + verify)
 
     def rate(self, depth: int) -> float:
         """Estimate tokens a second of drafts this long."""
         chances = [self._chance(place) for place in range(depth)]
         return rate(chances, self.draft or 0.0, self.verify_seconds(depth + 1))
 
-    def table(self) -> list[tuple[int, float, float]]:
-        """List depth, expected tokens and seconds of a cycle, as far as passes were timed."""
+    def table(self) -> list[tuple[int, float, float, float]]:
+        """List depth, expected tokens, and seconds of both parts, as far as passes were timed."""
         return [
             (
                 depth,
                 tokens_of([self._chance(place) for place in range(depth)]),
-                depth * (self.draft or 0.0) + self.verify_seconds(depth + 1),
+                depth * (self.draft or 0.0),
+                self.verify_seconds(depth + 1),
             )
             for depth in range(self.most + 1)
             if self.verify and (depth == 0 or self.draft is not None)
@@ -123,6 +130,17 @@ class Depth:
         slope = max(0.0, (self.verify[right] - self.verify[left]) / (right - left))
         return self.verify[left] + slope * (tokens - left)
 
+    def _first(self, depth: int) -> int:
+        """Try a depth of which nothing is known once time pays for the worst.
+
+        That is a draft as slow as the model, and wrong, and a pass as long as one for each token.
+        """
+        cost = 2 * depth * self.verify.get(1, 0.0)
+        if cost > self.credit:
+            return 0
+        self.credit -= cost
+        return depth
+
     def _chance(self, place: int) -> float:
         if place < len(self.chances):
             return self.chances[place]
@@ -137,12 +155,13 @@ class Depth:
         other = others[self._trials % len(others)]
         seconds = other * (self.draft or 0.0) + self.verify_seconds(other + 1)
         cost = seconds * max(0.0, 1 - self.rate(other) / self.rate(current))
-        if cost > self._credit:
+        if cost > self.credit:
             return current
-        self._credit = 0.0
+        self.credit = 0.0
         self._trials += 1
         return other
 
 
-def _mix(before: float | None, new: float) -> float:
+def mix(before: float | None, new: float) -> float:
+    """Give the estimate after a new observation."""
     return new if before is None else before + _WEIGHT * (new - before)

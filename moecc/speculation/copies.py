@@ -1,6 +1,7 @@
 """Make the low-bit copies of a model's experts that a draft computes with."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from moecc.codegen.spec import KernelSpec
 from moecc.runtime.errors import InputError, OptionError, UnsupportedSpec
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.load import Load
-from moecc.runtime.offload.record import new_records
+from moecc.runtime.offload.record import Layout, new_records
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, lender_of
 from moecc.runtime.ops import AddExpertsFn
@@ -33,6 +34,9 @@ class Twin:
 
     copy: Resident
     bank: Bank | None
+    slots: int = 0
+    """That the bank gave up."""
+    bytes: int = 0
 
     @property
     def schemes(self) -> Schemes | None:
@@ -67,6 +71,53 @@ def add_copies(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> int:
     when it cannot, `StoreError` when an expert cannot be read, `InputError` when nothing ran on
     moecc's kernels.
     """
+    plans = _plans(twins, uses, scheme)
+    for place, plan in plans.items():
+        pool = None if plan.bank is None else plan.bank.pool
+        if pool is not None:  # before there is a copy: memory stays within the budget
+            pool.shrink(pool.slots - plan.slots)
+        try:
+            twins.lenders[place] = _copied(plan)
+        except BaseException:
+            if pool is not None:
+                pool.grow(pool.slots + plan.slots)
+            raise
+    made = sum(plan.bytes for plan in plans.values())
+    if made:
+        _log.info("copied the experts of %d blocks: %.1f MB", len(plans), made / 1e6)
+    return made
+
+
+def remove_copies(twins: Twins) -> int:
+    """Give banks the slots back that copies took; returns the bytes of copies that went."""
+    removed = 0
+    for place, twin in list(twins.lenders.items()):
+        if isinstance(twin, Twin) and twin.bank is not None:
+            del twins.lenders[place]
+            twin.bank.pool.grow(twin.bank.pool.slots + twin.slots)
+            removed += twin.bytes
+    _log.info("gave %.1f MB of copies back to the cache", removed / 1e6)
+    return removed
+
+
+def price_of(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> float:
+    """Estimate the seconds to copy what `add_copies` would, and to read the slots it takes again.
+
+    0 where no cache gives up slots. Copies one expert twice, since the first time may be slower.
+    Raises what `add_copies` raises.
+    """
+    banked = [plan for plan in _plans(twins, uses, scheme).values() if plan.bank is not None]
+    seconds = 0.0
+    for plan in 2 * banked[:1]:
+        began = time.perf_counter()
+        spec, matrices = next(_experts(plan))
+        lay_out(matrices, plan.layout, spec, plan.schemes)
+        seconds = time.perf_counter() - began
+    return seconds * sum(plan.spec.experts + plan.slots for plan in banked)
+
+
+def _plans(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> "dict[int, _Plan]":
+    """Plan the copies of blocks that have none, by the address of their weights."""
     if not uses:
         raise InputError(
             "no experts of this model run on moecc's kernels, so there is nothing to draft with: "
@@ -77,14 +128,7 @@ def add_copies(twins: Twins, uses: Sequence[Use], scheme: Scheme) -> int:
     plans = {place: plan for place, use in new.items() if (plan := _plan(use, scheme)) is not None}
     for plan in plans.values():
         _check_room(plan)
-    for place, plan in plans.items():
-        twins.lenders[place] = _copied(plan)
-        if plan.bank is not None:
-            plan.bank.pool.shrink(plan.slots_left)
-    made = sum(plan.bytes for plan in plans.values())
-    if made:
-        _log.info("copied the experts of %d blocks: %.1f MB", len(plans), made / 1e6)
-    return made
+    return plans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,16 +137,21 @@ class _Plan:
     spec: KernelSpec
     lender: Lender | None
     schemes: Schemes
-    bytes: int
+    layout: Layout
+    """Of the copy."""
 
     @property
     def bank(self) -> Bank | None:
         return self.lender if isinstance(self.lender, Bank) else None
 
     @property
-    def slots_left(self) -> int:
-        assert self.bank is not None
-        return self.bank.pool.slots - -(-self.bytes // self.bank.store.layout.size)
+    def bytes(self) -> int:
+        return self.spec.experts * self.layout.size
+
+    @property
+    def slots(self) -> int:
+        """That the bank has to give up."""
+        return 0 if self.bank is None else -(-self.bytes // self.bank.store.layout.size)
 
 
 def _plan(use: Use, scheme: Scheme) -> _Plan | None:
@@ -127,13 +176,13 @@ def _plan(use: Use, scheme: Scheme) -> _Plan | None:
         spec=spec,
         lender=lender,
         schemes=schemes,
-        bytes=spec.experts * layout.size,
+        layout=layout,
     )
 
 
 def _check_room(plan: _Plan) -> None:
     """Raise `OptionError` when a cache cannot give up what the copy takes."""
-    if plan.bank is None or plan.slots_left >= plan.use.active:
+    if plan.bank is None or plan.bank.pool.slots - plan.slots >= plan.use.active:
         return
     bank, least = plan.bank, plan.use.active * plan.bank.store.layout.size + plan.bytes
     raise OptionError(
@@ -145,12 +194,11 @@ def _check_room(plan: _Plan) -> None:
 
 
 def _copied(plan: _Plan) -> Twin:
-    layout = layout_of(plan.use.tensors, plan.spec, plan.schemes)
-    _, records = new_records(plan.spec.experts, layout)
+    _, records = new_records(plan.spec.experts, plan.layout)
     for number, (spec, matrices) in enumerate(_experts(plan)):
-        records[number] = lay_out(matrices, layout, spec, plan.schemes)
-    copy = Resident(schemes=plan.schemes, tensors=layout.tensors(records))
-    return Twin(copy=copy, bank=plan.bank)
+        records[number] = lay_out(matrices, plan.layout, spec, plan.schemes)
+    copy = Resident(schemes=plan.schemes, tensors=plan.layout.tensors(records))
+    return Twin(copy=copy, bank=plan.bank, slots=plan.slots, bytes=plan.bytes)
 
 
 def _experts(plan: _Plan) -> Iterator[tuple[KernelSpec, Matrices]]:

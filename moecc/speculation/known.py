@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from moecc.runtime.depth import Depth
+from moecc.runtime.rent import Rent
 from moecc.runtime.twins import Twins
 
 
@@ -17,6 +18,8 @@ class Speculation:
     source: str
     depth: Depth
     twins: Twins = field(default_factory=Twins)
+    rent: Rent | None = None
+    """Of copies that took slots of a cache, and come and go; None where they stay."""
     copied: int = 0
     """Bytes of low-bit copies."""
     cycles: int = 0
@@ -25,6 +28,9 @@ class Speculation:
     """Of the drafted tokens, those that stayed."""
     tokens: int = 0
     """All that were generated after the first."""
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    """Passes without drafts among them."""
 
     def count(self, drafted: int, kept: int, draft: float, verify: float) -> None:
         """Take note of a cycle, times in seconds."""
@@ -33,23 +39,35 @@ class Speculation:
         self.drafted += drafted
         self.accepted += accepted
         self.tokens += kept
-        self.depth.observe(drafted, accepted, draft, verify)
+        self.draft_seconds += draft
+        self.verify_seconds += verify
+        if self.rent is not None:
+            self.rent.observe(kept, draft + verify)
+        if self.rent is None or self.rent.held:
+            self.depth.observe(drafted, accepted, draft, verify)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values; `depths` has what each depth would give by the times so far."""
         depth = self.depth
         depths = [
-            {"k": k, "tokens": tokens, "seconds": seconds, "rate": tokens / seconds}
-            for k, tokens, seconds in depth.table()
+            {"k": k, "tokens": tokens, "draft": draft, "verify": verify}
+            | {"seconds": draft + verify, "rate": tokens / (draft + verify)}
+            for k, tokens, draft, verify in depth.table()
         ]
         return {
             "source": self.source,
             "copied_bytes": self.copied,
+            "copies": None
+            if self.rent is None
+            else {"held": self.rent.held, "made": self.rent.tries, "price": self.rent.price}
+            | {"plain": self.rent.plain},
             "calls_without_copy": self.twins.missing,
             "cycles": self.cycles,
             "drafted": self.drafted,
             "accepted": self.accepted,
             "tokens": self.tokens,
+            "draft_seconds": self.draft_seconds,
+            "verify_seconds": self.verify_seconds,
             "chances": list(depth.chances),
             "k": depth.current,
             "depths": depths,

@@ -47,6 +47,8 @@ class Rewinder:
 
     def take_back(self, count: int, since: int) -> None:
         """Take the last `count` of the `since` tokens since the mark back."""
+        if count == 0:
+            return
         if not self._static:
             self._cache.crop(-count)
         for layer, mark in zip(self._static, self._marks, strict=True):
@@ -70,8 +72,6 @@ class _Mark:
 
     def restore(self, layer: Any, count: int, since: int) -> None:
         """Write what was there, and after it the tokens that stay."""
-        if count == 0:
-            return
         if self.window is None:
             layer.cumulative_length.fill_(self.length + since - count)
             return

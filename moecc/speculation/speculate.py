@@ -9,23 +9,26 @@ import torch
 from torch import nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from moecc.lenders import banks_of
 from moecc.runtime.depth import MOST
 from moecc.runtime.errors import InputError, OptionError
 from moecc.runtime.schemes.scheme import SCHEMES
 from moecc.runtime.twins import foreseen
 from moecc.runtime.watch import watching
 from moecc.speculation.accept import Proposal, accept
-from moecc.speculation.copies import add_copies
+from moecc.speculation.cached import CACHED
 from moecc.speculation.drafts import Draft, SelfDraft, from_assistant, from_prompt
+from moecc.speculation.holding import Holding
 from moecc.speculation.known import Speculation, known
 from moecc.speculation.rewind import Rewinder
 from moecc.speculation.stepper import Stepper
 
 Generate = Callable[..., Any]
+_NAMES = ("auto", CACHED, "prompt")
 
 
 def speculate(
-    k: int | str = "auto", *, draft: Any = "int4", most: int = MOST, streamer: Any = None
+    k: int | str = "auto", *, draft: Any = "auto", most: int = MOST, streamer: Any = None
 ) -> Generate:
     """Make what `model.generate(..., custom_generate=)` takes to generate with drafts.
 
@@ -34,15 +37,18 @@ def speculate(
     The text is that of plain generation, token for token, or with sampling in distribution. Where
     two logits tie within rounding, one pass over several tokens may choose the other.
 
-    `draft` says what names the coming tokens: a scheme ("int4", "int3-g64", ...), in which the
-    model's experts are copied once, and the model drafts with these copies and tells its cache of
-    experts which ones the verification will need; another transformers model with the same tokens;
-    or "prompt", what followed the latest tokens where they stood before. Copies take their bytes
-    from `expert_memory`, where experts have a budget, and keep them.
+    `draft` says what names the coming tokens: "cached", the model itself with the experts that are
+    in its cache, without those that are not; a scheme ("int4", "int3-g64", ...), in which the
+    model's experts are copied once, and it drafts with these copies; another transformers model
+    with the same tokens; or "prompt", what followed the latest tokens where they stood before. With
+    the first two, a draft tells the cache which experts the verification will need. Copies take
+    their bytes from `expert_memory`, where experts have a budget. "auto" is "cached" there, and
+    "int4" elsewhere.
 
     `k` is how many tokens to draft, or "auto": as many as pay by the measured times, up to `most`,
-    or none. A model can be compiled or not; its batch is one text. A `streamer` has to be given
-    here too: transformers hands none to what `custom_generate` names.
+    or none; copies that have a price are then made once 2 % of the time has paid for it, and go
+    when drafts do not pay. A model can be compiled or not; its batch is one text. A `streamer` has
+    to be given here too: transformers hands none to what `custom_generate` names.
 
     Raises `OptionError` for bad arguments, and when `generate` runs for copies that do not fit;
     `InputError` there for a batch, for beams, and for models whose state cannot be taken back.
@@ -51,10 +57,9 @@ def speculate(
         raise OptionError(f'k is {k!r}; allowed: "auto" or a number of tokens')
     if most < 1:
         raise OptionError(f"most is {most!r}; allowed: a number of tokens above 0")
-    if isinstance(draft, str) and draft != "prompt" and draft not in SCHEMES:
-        raise OptionError(f'draft is {draft!r}; allowed: "prompt", a model, or {[*SCHEMES]}')
-    if not isinstance(draft, str | nn.Module):
-        raise OptionError(f"draft is {draft!r}; allowed: a scheme, a model, or 'prompt'")
+    if not isinstance(draft, nn.Module) and draft not in (*_NAMES, *SCHEMES):
+        allowed = ", ".join((*_NAMES, "a model", str([*SCHEMES])))
+        raise OptionError(f"draft is {draft!r}; allowed: {allowed}")
 
     def generate(
         model: Any,
@@ -66,10 +71,13 @@ def speculate(
         **kwargs: Any,
     ) -> Any:
         _refuse(model, input_ids, generation_config, kwargs)
-        about = known(model, draft, most)
+        named = draft
+        if draft == "auto":
+            named = CACHED if banks_of(model) else "int4"
+        about = known(model, named, most)
         fixed = None if k == "auto" else int(k)
         loop = _Loop(model, logits_processor, stopping_criteria, generation_config, streamer)
-        return loop.run(draft, about, fixed, input_ids, kwargs)
+        return loop.run(named, about, fixed, input_ids, kwargs)
 
     return generate
 
@@ -77,7 +85,10 @@ def speculate(
 def _refuse(model: Any, ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> None:
     """Raise `InputError` for what drafts cannot be made for."""
     if ids.shape[0] != 1:
-        raise InputError(f"speculation generates one text at a time, not a batch of {len(ids)}")
+        raise InputError(
+            f"speculation generates one text at a time, not a batch of {len(ids)}: each would keep "
+            "another number of drafted tokens; call generate for each, or leave custom_generate out"
+        )
     if config.num_beams > 1 or config.is_assistant or model.config.is_encoder_decoder:
         raise InputError(
             "speculation is for greedy search and sampling with decoder-only models: no beams, no "
@@ -115,13 +126,12 @@ class _Loop:
         model = self._model
         with watching() as uses:
             outputs = model._prefill(ids, self._config, kwargs, is_first_iteration=True)
-        if about.source in SCHEMES:
-            about.copied += add_copies(about.twins, uses, SCHEMES[about.source])
+        holding = Holding(about, uses, k)
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, num_new_tokens=0)
         cache = kwargs.get("past_key_values")
         rewinder, stepper = Rewinder(cache), Stepper(model, kwargs)
         logits = outputs.logits[0, -1:].to(device=ids.device, dtype=torch.float32, copy=True)
-        del uses, outputs
+        del outputs
         source: Draft | None = None
         nothing = Proposal(tokens=ids[0, :0])
         kept, done = self._keep(ids, nothing, logits)
@@ -132,12 +142,15 @@ class _Loop:
                 break
             source = source or self._source(draft, about, ids, stepper, rewinder)
             limit = min(self._stop.max_length - ids.shape[1] - 1, rewinder.most)
+            if k is None and not holding.is_ready():
+                limit = 0
             began = time.perf_counter()
             depth = about.depth.choose(limit) if k is None else min(k, limit)
             proposal = source.propose(ids, depth) if depth > 0 else nothing
             drafted = time.perf_counter()
             count = len(proposal.tokens)
-            logits = self._verify(ids, proposal, stepper, rewinder, is_self=about.source in SCHEMES)
+            is_self = isinstance(source, SelfDraft)
+            logits = self._verify(ids, proposal, stepper, rewinder, is_self=is_self)
             kept, done = self._keep(ids, proposal, logits)
             rewinder.take_back(count + 1 - len(kept), count + 1)
             seconds = drafted - began, time.perf_counter() - drafted
@@ -172,11 +185,13 @@ class _Loop:
     ) -> torch.Tensor:
         """Give the model's logits [k + 1, V] after the text and after each drafted token."""
         count = len(proposal.tokens)
+        if count == 0:
+            return stepper.step(ids, 1)
         stepper = stepper.copy()
         stepper.extend(count)
         text = torch.cat((ids, proposal.tokens.unsqueeze(0)), dim=1)
         rewinder.mark()
-        with foreseen() if is_self and count else nullcontext():
+        with foreseen() if is_self else nullcontext():
             return stepper.step(text, count + 1)
 
     def _score(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -67,10 +67,9 @@ class Bank:
         Raises `StoreError` when an expert cannot be read; the next call is not affected.
         """
         wanted = self._experts(ids)
-        if self.number == 0 and not is_foreseen():
-            self.guesses.trial.begin(len(hidden))
-        wide = torch.promote_types(self.store.layout.parts[0].dtype, torch.float32)
-        onto = hidden.new_zeros(hidden.shape, dtype=wide)
+        if self.number == 0:
+            self.guesses.trial.begin(len(hidden), foreseen=is_foreseen())
+        onto = self._zeros(hidden)
         with self.pool.lock:
             groups = groups_of(wanted, self.pool.slots)
             double = len(groups) > 1 and 2 * len(groups[0]) <= self.pool.slots
@@ -98,6 +97,30 @@ class Bank:
                 block=self.number, tokens=len(hidden), experts=tuple(wanted), hits=hits
             )
             self.pool.trace.add(request, late)
+        return onto.to(hidden.dtype)
+
+    def sketch(
+        self,
+        add: AddExpertsFn,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *biases: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute the block with the experts that are there, and start reading the others.
+
+        What is missing adds nothing: good enough for a draft.
+        """
+        named, onto = self._experts(ids), self._zeros(hidden)
+        with self.pool.lock:
+            self.foresee(ids)
+            cache, tensors = self.pool.cache, self.pool.tensors
+            keys = [key for key in self._keys(named) if key in cache]
+            slots = {key[1]: cache.slot(key) for key in keys if not self.pool.is_late(key)}
+            table = self._table.show(slots, named, onto.device)
+            experts = (tensors["gate_up"], tensors["down"], *biases, tensors.get("up"))
+            add(onto, table, hidden, ids, weights, *experts)
+            self.pool.link.used(self.pool.records[slot] for slot in slots.values())
         return onto.to(hidden.dtype)
 
     def foretell(self, scores: torch.Tensor, active: int, distance: int) -> None:
@@ -177,6 +200,10 @@ class Bank:
             slots = {one.key[1]: one.slot for one in admitted[start:end]}
             add(onto, self._table.show(slots, wanted, onto.device), *inputs, *experts)
             start = end
+
+    def _zeros(self, hidden: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(self.store.layout.parts[0].dtype, torch.float32)
+        return hidden.new_zeros(hidden.shape, dtype=wide)
 
     def _is_sooner_at_home(self, key: Key, tokens: int) -> bool:
         if self.home is None or not self.pool.is_late(key):

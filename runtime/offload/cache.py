@@ -145,6 +145,13 @@ class Cache:
         self._free = [slot for slot in self._free if slot < slots]
         return leaving
 
+    def grow(self, slots: int) -> None:
+        """Have so many slots; the new ones are empty. Raises `InputError` if there are more."""
+        if slots < self.slots:
+            raise InputError(f"a cache of {self.slots} slots cannot grow to {slots}")
+        self._free = [*range(slots - 1, self.slots - 1, -1), *self._free]
+        self.slots = slots
+
     def _admit(
         self, key: Key, evicted: Key | None = None, turns: Mapping[Key, int] = MappingProxyType({})
     ) -> Admission:

@@ -124,6 +124,16 @@ class Pool:
             if rest < len(self._memory):
                 self._memory.madvise(mmap.MADV_DONTNEED, rest)
 
+    def grow(self, slots: int) -> None:
+        """Use slots again that were given up; memory is taken as experts come.
+
+        Raises `InputError` when there never were so many.
+        """
+        with self.lock:
+            if slots > len(self.records):
+                raise InputError(f"{slots} slots are more than the {len(self.records)} there were")
+            self.cache.grow(slots)
+
     def _load(self, store: Store, admitted: Sequence[Admission], priority: int) -> None:
         """Start reading those that miss; what cannot be started is not in the cache."""
         missing = [one for one in admitted if not one.hit]

@@ -94,7 +94,7 @@ def simulate(
 
     `predictions` are those of a replay, or `GOVERNED`.
     """
-    return _Run(recording, profile, slots, policy, predictions).finish()
+    return Run(recording, profile, slots, policy, predictions).finish()
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ class _Pool:
     loads: dict[Key, Transfer] = field(default_factory=dict[Key, Transfer])
 
 
-class _Run:
+class Run:
     """What a simulation changes as it goes."""
 
     def __init__(
@@ -145,18 +145,18 @@ class _Run:
             self.now = self.times[decoding]
             if request.block <= last:
                 tokens += decoding
-                self._pass("model", self.speed.token)
+                self.compute("model", self.speed.token)
             last = request.block
             others = self.recording.other_bytes / len(self.recording.blocks)
             read = others / self.speed.bandwidth * max(1.0, request.tokens / self.speed.balance)
             recalled = [event for event in before if block_of(event) == request.block]
             for event in recalled:  # what tokens chose before, as soon as they are known
                 self._guess(event)
-            self._pass("model", self.speed.layer + read)
+            self.compute("model", self.speed.layer + read)
             for event in before:
                 if event not in recalled:
                     self._guess(event)
-            self._serve(request)
+            self.serve(request)
             self._foresee(self.recording.pool_of[request.block])
         return Simulated(
             tokens=tokens,
@@ -171,7 +171,7 @@ class _Run:
     def _pool(self, block: int) -> _Pool:
         return self.pools[self.recording.pool_of[block]]
 
-    def _pass(self, part: Part, seconds: float) -> None:
+    def compute(self, part: Part, seconds: float) -> None:
         """Compute for so long, were nothing read meanwhile."""
         start = self.link.now
         beside = self.speed.beside_reads
@@ -182,27 +182,28 @@ class _Run:
     def _guess(self, event: Guess | Ranking) -> None:
         block = block_of(event)
         if self.predictions != GOVERNED:
-            self._let_in(block, foretold(event, self.predictions))
+            self.let_in(block, foretold(event, self.predictions))
         elif isinstance(event, Ranking):
             guesses, size = self.guesses[block], self.recording.blocks[block].size
             read = size / (self.link.bandwidth or self.link.speed.bandwidth)
             cached, busy = self._pool(block).cache, self.link.busy()
             chosen = guesses.choose(event.keys, event.active, cached, read, busy)
-            guesses.drove_out(self._let_in(block, chosen))
+            guesses.drove_out(self.let_in(block, chosen))
 
     def _foresee(self, number: int) -> None:
         """Let in what a pool is asked for next, if predictions are perfect."""
         pool = self.pools[number]
         following = next(pool.coming, None) if self.predictions == "perfect" else None
         if following is not None:
-            self._let_in(following.block, first_keys(following, pool.cache.slots))
+            self.let_in(following.block, first_keys(following, pool.cache.slots))
 
-    def _let_in(self, block: int, keys: Sequence[Key]) -> list[Key]:
+    def let_in(self, block: int, keys: Sequence[Key], priority: int = DEMAND + 1) -> list[Key]:
+        """Start reading what is predicted for a block; give what had to go for it."""
         pool = self._pool(block)
         turns = turns_until(keys, pool.latest, pool.blocks)
         admitted = let_in(pool.cache, keys, turns)
         self.predicted += len(admitted)
-        self._load(pool, admitted, DEMAND + 1)
+        self._load(pool, admitted, priority)
         return [one.evicted for one in admitted if one.evicted is not None]
 
     def _load(self, pool: _Pool, admitted: Sequence[Admission], priority: int) -> None:
@@ -214,7 +215,7 @@ class _Run:
             size = self.recording.blocks[one.key[0]].size
             pool.loads[one.key] = self.link.submit(size, priority)
 
-    def _serve(self, request: Request) -> None:
+    def serve(self, request: Request) -> None:
         """Compute a block, as `Bank.run` does."""
         pool, demand = self._pool(request.block), self.recording.blocks[request.block]
         pool.latest = request.block
@@ -226,7 +227,7 @@ class _Run:
                 self.link.stop(pool.loads.pop(key))
         missing = [key for key in keys if key not in pool.cache]
         self.guesses[request.block].check(request.experts, missing)
-        self._pass("overhead", self.speed.call)
+        self.compute("overhead", self.speed.call)
         rows = request.tokens * demand.active / max(1, len(request.experts))
         self.asked += len(keys)
 
@@ -254,9 +255,9 @@ class _Run:
             end = start + 1
             while end < len(admitted) and not self._late(pool, admitted[end].key):
                 end += 1
-            self._pass("overhead", self.speed.launch)
+            self.compute("overhead", self.speed.launch)
             each = demand.size / self.speed.bandwidth * max(1.0, rows / self.speed.balance)
-            self._pass("experts", (end - start) * each)
+            self.compute("experts", (end - start) * each)
             start = end
 
     def _late(self, pool: _Pool, key: Key) -> bool:

@@ -39,9 +39,12 @@ class Trial:
     _began: float | None = None
     _taken: list[float] = field(default_factory=list[float])
 
-    def begin(self, tokens: int) -> None:
-        """Begin a pass through the model; one of more than `MOST_TOKENS` is no decoding step."""
-        if tokens > MOST_TOKENS:
+    def begin(self, tokens: int, *, foreseen: bool = False) -> None:
+        """Begin a pass through the model.
+
+        One of more than `MOST_TOKENS` is no decoding step, nor is what a draft foresaw or took.
+        """
+        if tokens > MOST_TOKENS or foreseen:
             self._began = None
             return
         now = self.clock()

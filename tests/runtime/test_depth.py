@@ -90,3 +90,9 @@ def test_it_drafts_no_more_than_is_left() -> None:
     depth = Depth(verify={1: 1.0, 3: 1.0}, chances=[1.0], draft=0.0)
     assert depth.choose(0) == 0
     assert depth.choose(1) <= 1
+
+
+@pytest.mark.parametrize("tokens", [50, 200, 1000])
+def test_even_the_first_text_loses_no_more_than_three_hundredths(tokens: int) -> None:
+    machine = Machine(chance=0.0, draft=1.0, slope=1.0)
+    assert machine.run(Depth(), tokens, random.Random(1)) > 0.97 * machine.best(0)

@@ -1,8 +1,10 @@
 """Speculation gives the text of plain generation, whatever is drafted."""
 
+import re
 import threading
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ from transformers import AutoTokenizer, StoppingCriteriaList, StopStringCriteria
 import moecc
 from moecc import backend, capture
 from moecc.passes.options import Options
+from moecc.runtime.depth import MOST, Depth
 from moecc.runtime.errors import InputError, OptionError
+from moecc.runtime.rent import Rent
 from moecc.runtime.twins import drafting, twin_of
+from moecc.speculation import speculate as speculation
 from moecc.speculation.accept import Proposal
 from moecc.speculation.drafts import SelfDraft
-from moecc.speculation.known import Speculation, speculations
+from moecc.speculation.known import Speculation, known, speculations
 from moecc.tiny import tiny_model
 from tests.test_load import banks
 
@@ -59,9 +64,10 @@ def only(model: Any) -> Speculation:
 def test_the_text_is_the_same_at_every_depth(k: int | str) -> None:
     model = adopted("qwen3_moe")
     expected = model.generate(IDS, **SETTINGS)
+    about = known(model, "int4", MOST)
+    about.depth.credit = 1e9  # auto may try at once
     given = model.generate(IDS, custom_generate=moecc.speculate(k), **SETTINGS)
     assert torch.equal(given, expected)
-    about = only(model)
     assert about.tokens == SETTINGS["max_new_tokens"] - 1
     assert (about.drafted > 0) == (k != 0)
     assert about.twins.missing == 0
@@ -176,13 +182,44 @@ def test_a_compiled_model_drafts_in_the_same_graphs() -> None:
 
 def test_the_report_says_what_each_depth_would_give() -> None:
     model = adopted("qwen3_moe")
-    model.generate(IDS, custom_generate=moecc.speculate(), **SETTINGS)
+    for k in (2, "auto"):
+        model.generate(IDS, custom_generate=moecc.speculate(k), **SETTINGS)
     report = moecc.report(model)
     (about,) = report.to_dict()["speculation"]
     assert [one["k"] for one in about["depths"]] == list(range(9))
     assert about["drafted"] >= about["accepted"]
     assert f"drafts by int4: {about['tokens']} tokens in {about['cycles']} passes" in str(report)
-    assert "k=8: " in str(report)
+    assert re.search(
+        r"k=8: \d\.\d\d tokens / [\d.]+ ms, of which [\d.]+ drafting and [\d.]+ verifying",
+        str(report),
+    )
+
+
+@pytest.mark.parametrize("memory", ["50%", "75%"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_it_drafts_with_the_experts_that_are_cached(
+    memory: str, quantize: str | None, tmp_path: Path
+) -> None:
+    tiny().save_pretrained(tmp_path)
+    model = loaded(tmp_path, expert_memory=memory, quantize=quantize)
+    expected = model.generate(IDS, **SETTINGS)
+    slots = [bank.pool.slots for bank in banks(model)]
+    for k in (1, 4, "auto"):
+        given = model.generate(IDS, custom_generate=moecc.speculate(k), **SETTINGS)
+        assert torch.equal(given, expected)
+    about = only(model)
+    assert (about.source, about.copied, about.twins.missing) == ("cached", 0, 0)
+    assert 0 < about.accepted <= about.drafted
+    assert [bank.pool.slots for bank in banks(model)] == slots
+    for draft in ("prompt", tiny(seed=1)):  # others draft for experts on disk, too
+        given = model.generate(IDS, custom_generate=moecc.speculate(3, draft=draft), **SETTINGS)
+        assert torch.equal(given, expected)
+
+
+def test_a_cache_is_needed_to_draft_with_it() -> None:
+    model = adopted("qwen3_moe")
+    with pytest.raises(InputError, match="expert_memory"):
+        model.generate(IDS, custom_generate=moecc.speculate(draft="cached"), **SETTINGS)
 
 
 def test_with_experts_on_disk_the_draft_names_what_is_read(tmp_path: Path) -> None:
@@ -198,6 +235,27 @@ def test_with_experts_on_disk_the_draft_names_what_is_read(tmp_path: Path) -> No
     assert 0 < about.copied <= sum(before) - sum(after)
     counts = [bank.pool.trace.counts for bank in banks(model)]
     assert sum(one.useful for one in counts) > 0
+
+
+def test_copies_come_when_they_are_paid_for_and_give_their_slots_back(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    model = loaded(tmp_path, expert_memory="75%")
+    expected = model.generate(IDS, **SETTINGS)
+    before = [bank.pool.slots for bank in banks(model)]
+    about = Speculation(source="int8", depth=Depth(), rent=Rent(price=1e-9, credit=-1e9))
+    seen: list[tuple[bool, bool, int]] = []
+    for credit, plain in ((-1e9, 1e9), (1.0, 1e9), (0.0, 1e-9)):
+        assert about.rent is not None
+        about.rent.credit, about.rent.plain = credit, plain
+        with mock.patch.object(speculation, "known", return_value=about):
+            given = model.generate(IDS, custom_generate=moecc.speculate(draft="int8"), **SETTINGS)
+        assert torch.equal(given, expected)
+        fewer = all(bank.pool.slots < own for bank, own in zip(banks(model), before, strict=True))
+        seen.append((about.rent.held, fewer, about.rent.tries))
+    assert seen == [(False, False, 0), (True, True, 1), (False, False, 1)]
+    assert about.drafted > 0
+    assert about.copied == 0 == len(about.twins.lenders)
+    assert [bank.pool.slots for bank in banks(model)] == before
 
 
 def test_copies_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ class Naive:
     def latest(self, kinds: str, key: Key) -> int:
         return next((s for kind, k, s in self.log[::-1] if k == key and kind in kinds.split()), -1)
 
+    def newest(self, kinds: str, key: Key) -> str:
+        """Tell which of these events an expert had last."""
+        return next(kind for kind, k, _ in self.log[::-1] if k == key and kind in kinds.split())
+
     def score(self, key: Key) -> tuple[float, ...]:
         """Lowest leaves."""
         last, due = self.latest("use foretold", key), self.latest("due", key)
@@ -77,7 +81,7 @@ class Naive:
 
 
 class Machine(RuleBasedStateMachine):
-    """Random requests, releases, predictions, failures and shrinking."""
+    """Random requests, releases, predictions, withdrawals, failures, shrinking and growing."""
 
     policy = "lru"
     held = Bundle("held")
@@ -125,6 +129,16 @@ class Machine(RuleBasedStateMachine):
             assert len(naive.where) == naive.slots
             assert not naive.victims(spared=due)
 
+    @rule(block=st.integers(0, 2), wanted=st.sets(st.integers(0, 4)))
+    def withdraw(self, block: int, wanted: set[int]) -> None:
+        naive = self.naive
+        wrong = {
+            key for key in naive.where if key[0] == block and key[1] not in wanted
+            and naive.newest("foretold came use", key) == "foretold"
+        }  # fmt: skip
+        assert self.cache.withdraw(block, wanted) == [naive.where[key] for key in sorted(wrong)]
+        naive.where = {key: slot for key, slot in naive.where.items() if key not in wrong}
+
     @precondition(lambda self: set(self.naive.where) - set(self.naive.pinned))
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
@@ -145,6 +159,16 @@ class Machine(RuleBasedStateMachine):
         assert set(self.cache.shrink(slots)) == leaving
         naive.slots = slots
         naive.where = {key: slot for key, slot in naive.where.items() if slot < slots}
+
+    @rule(more=st.integers(-1, 3))
+    def grow(self, more: int) -> None:
+        slots = self.naive.slots + more
+        if more < 0:
+            with pytest.raises(InputError, match="cannot grow"):
+                self.cache.grow(slots)
+            return
+        self.cache.grow(slots)
+        self.naive.slots = slots
 
     @invariant()
     def agree(self) -> None:

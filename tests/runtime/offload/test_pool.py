@@ -248,6 +248,16 @@ def test_shrinking_gives_memory_back(tmp_path: Path) -> None:
         assert torch.equal(pool.records[one.slot][: 1 << 20], data[key[1]])
         pool.cache.release([key])
     assert resident() - before < 10 << 20  # four slots, a chunk for each of four readers
+    with pytest.raises(InputError, match="17 slots are more than the 16"):
+        pool.grow(17)
+    pool.grow(16)
+    for key in keys:
+        (one,) = pool.request(store, [key])
+        pool.wait(key)
+        pool.cache.release([key])
+    assert all(key in pool.cache for key in keys)
+    assert {pool.cache.slot(key) for key in keys} == set(range(16))
+    assert resident() - before > 15 << 20
     link.close()
 
 

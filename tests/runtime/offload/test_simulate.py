@@ -13,6 +13,7 @@ from moecc.runtime.offload.profile import ComputeSpeed, LinkSpeed, Profile
 from moecc.runtime.offload.recording import Pooled, Recording
 from moecc.runtime.offload.replay import PREDICTIONS, REPLAYED, replay
 from moecc.runtime.offload.simulate import GOVERNED, simulate
+from moecc.runtime.offload.simulate_drafts import Draft, simulate_drafts
 from moecc.runtime.offload.simulated_link import SimulatedLink
 from moecc.runtime.offload.trace import Event, Guess, Ranking, Request
 
@@ -25,6 +26,8 @@ SLOW = Profile(
     name="slow", tier="none", source="made up", compute=NOTHING,
     link=LinkSpeed(bandwidth=1e9, stream=1e9, latency=0),
 )  # fmt: skip
+
+DRAFT = Draft(depth=0, token=1.0, experts=1.0, size=0.25)
 
 
 def recording(tokens: int = 200, blocks: int = 3, right: float = 0.8) -> Recording:
@@ -173,3 +176,31 @@ def test_a_profile_that_lacks_something_says_so(tmp_path: Path) -> None:
         profiles.read(str(file))
     with pytest.raises(OptionError, match="rtx4090"):
         profiles.read("nowhere")
+
+
+def test_no_drafts_take_the_time_of_decoding() -> None:
+    made = recording()
+    none = simulate_drafts(made, SLOW, [4] * 3, "lru", DRAFT)
+    plain = simulate(made, SLOW, [4] * 3, "lru", "none")
+    assert (none.tokens, none.passes) == (200, 200)
+    assert none.seconds == pytest.approx(plain.decode.total)
+    assert none.read_bytes == plain.read_bytes
+
+
+def test_drafts_that_are_right_hide_reads_behind_computing() -> None:
+    made = recording()
+    slow = replace(SLOW, compute=replace(NOTHING, layer=0.01))
+    none, three = (
+        simulate_drafts(made, slow, [8] * 3, "lru", replace(DRAFT, depth=depth)) for depth in (0, 3)
+    )
+    assert three.passes == three.tokens / 4
+    assert three.read_bytes <= none.read_bytes
+    assert three.seconds / three.tokens == pytest.approx((3 + 1) / 4 * 3 * 0.01, rel=0.1)
+
+
+def test_drafts_that_are_wrong_are_read_and_computed_for_nothing() -> None:
+    made = recording()
+    wrong = replace(DRAFT, depth=3, token=0.0, experts=0.0)
+    drafted = simulate_drafts(made, SLOW, [4] * 3, "lru", wrong)
+    assert drafted.tokens == drafted.passes
+    assert drafted.read_bytes > 2 * simulate_drafts(made, SLOW, [4] * 3, "lru", DRAFT).read_bytes

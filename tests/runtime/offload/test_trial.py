@@ -61,3 +61,15 @@ def test_governed_guesses_cost_little_where_the_link_is_all_that_counts(right: f
     made = recording(tokens=1500, right=right)
     without = simulate(made, SLOW, [3] * 3, "lru", "none").decode.total
     assert simulate(made, SLOW, [3] * 3, "lru", GOVERNED).decode.total < 1.03 * without
+
+
+def test_drafts_and_their_verification_are_no_steps() -> None:
+    world = World()
+    for _ in range(200):
+        world.steps(1, guessing=1.0, not_guessing=1.3)
+        world.now += 50.0  # a draft
+        world.trial.begin(4, foreseen=True)
+        world.now += 50.0
+    assert world.trial.seconds == {}
+    world.steps(200, guessing=1.0, not_guessing=1.3)
+    assert world.trial.seconds == {True: pytest.approx(1.0), False: pytest.approx(1.3)}
