@@ -52,7 +52,7 @@ def borders(nodes: Sequence[Node]) -> list[int]:
         for at in range(1, size)
         if not shut[at]
         and not depths[at]
-        and crossing[at] < crossing[at - 1]
+        and crossing[at] < max(crossing[at - 1 : at + 2])
         and crossing[at] <= min(crossing[max(at - _REACH, 1) : min(at + _REACH + 1, size)])
     ]
     counts = Counter(crossing[at] for at in found)
