@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from moecc.passes.repeats.borders import computed
 from moecc.passes.repeats.extract import extract, replace_by_call
 from moecc.passes.repeats.windows import Facts, value_of, window
-from moecc.passes.sizes import known
+from moecc.passes.sizes import expression, known
 
 Compiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -32,12 +32,13 @@ def compile_pieces(gm: GraphModule, compiler: Compiler) -> Callable[..., Any]:
         name = f"between{number}"
         gm.add_submodule(name, extract(rest))
         replace_by_call(rest, partial(graph.call_module, name))
-    compiled: dict[str, Callable[..., Any]] = {}
+    compiled: dict[str, tuple[list[Any], Callable[..., Any]]] = {}
     for node in graph.find_nodes(op="call_module"):
-        name = str(node.target)
-        if name not in compiled:
-            compiled[name] = _compile(cast(GraphModule, gm.get_submodule(name)), compiler)
-        node.op, node.target = "call_function", compiled[name]
+        name, inputs = str(node.target), [value_of(cast(Node, one)) for one in node.args]
+        if name not in compiled or not _guarded_alike(compiled[name][0], inputs):
+            piece = cast(GraphModule, gm.get_submodule(name))
+            compiled[name] = inputs, _compile(piece, inputs, compiler)
+        node.op, node.target = "call_function", compiled[name][1]
     return GraphModule(gm, graph).forward
 
 
@@ -53,14 +54,29 @@ def _is_call(node: Node) -> bool:
     return isinstance(source, Node) and source.op == "call_module"
 
 
-def _compile(piece: GraphModule, compiler: Compiler) -> Callable[..., Any]:
-    inputs = [_example(value_of(node)) for node in piece.graph.find_nodes(op="placeholder")]
-    compiled = compiler(piece, inputs)
+def _compile(piece: GraphModule, inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
+    compiled = compiler(piece, [*map(_example, inputs)])
 
     def run(*args: Any) -> Any:  # what a graph calls has a name
         return compiled(*args)
 
     return run
+
+
+def _guarded_alike(compiled: Sequence[Any], called: Sequence[Any]) -> bool:
+    """Have the guards on the symbols of a piece's inputs hold for the symbols of another call.
+
+    Each layer's cache may have a symbol of its own for its length. False if a guard does not hold.
+    """
+    sizes = [two for two in zip(compiled, called, strict=True) if isinstance(two[0], torch.SymInt)]
+    stands = {expression(own): expression(given) for own, given in sizes}
+    moved = {own for own, given in stands.items() if own != given}
+    if not moved:
+        return True
+    shapes = sizes[0][0].node.shape_env
+    guards = [guard.expr for guard in shapes.guards if guard.expr.free_symbols & moved]
+    own = [guard for guard in guards if guard.free_symbols <= stands.keys()]
+    return all(bool(shapes.evaluate_expr(guard.xreplace(stands))) for guard in own)
 
 
 def _example(value: Any) -> Any:

@@ -1,10 +1,11 @@
 """Describe a stretch of a graph so that equal descriptions mean: one compiled callee serves both.
 
 Parameters, handles and everything else from outside are inputs, told apart by where they are used.
-Sizes are compared as expressions over the graph's own symbols, which mean the same in each stretch.
+Sizes are compared as expressions whose symbols are numbered as they appear: each layer's cache may
+have a length of its own.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecc.passes.pattern import mutates
-from moecc.passes.sizes import expression
+from moecc.passes.sizes import expression, sympy
 
 _PLAIN = (
     str, int, float, bool, complex, type(None), type(...),
@@ -26,9 +27,9 @@ class Fact:
     """What a compiler may specialise on in a value."""
 
     described: Hashable
-    """Dtype, device, shape, strides and the like."""
-    symbols: frozenset[Any]
-    """In its sizes."""
+    """Dtype, device and the like."""
+    sizes: tuple[Any, ...]
+    """Shape, strides and offset, or the value of a size: numbers and expressions."""
     memory: Hashable
     """The same for values that share memory."""
     crosses: bool
@@ -42,15 +43,20 @@ class Facts:
     of: Mapping[Node, Fact]
     sizes: Mapping[Any, Node]
     """The graph's inputs that its symbols stand for."""
+    ranges: Mapping[Any, str]
+    """What is known of a symbol without a guard."""
 
     @staticmethod
     def read(graph: Graph) -> "Facts":
         """Read every value of a graph."""
-        inputs = graph.find_nodes(op="placeholder")
-        sizes = {expression(value_of(node)): node for node in inputs if _is_size(value_of(node))}
+        inputs = [node for node in graph.find_nodes(op="placeholder") if _is_size(value_of(node))]
+        sizes = {expression(value_of(node)): node for node in inputs}
+        sizes = {symbol: node for symbol, node in sizes.items() if symbol.is_Symbol}
+        known = {one: value_of(node).node.shape_env.var_to_range for one, node in sizes.items()}
         return Facts(
             of={node: _fact(node) for node in graph.nodes},
-            sizes={symbol: node for symbol, node in sizes.items() if symbol.is_Symbol},
+            sizes=sizes,
+            ranges={symbol: str(ranges.get(symbol)) for symbol, ranges in known.items()},
         )
 
 
@@ -60,7 +66,7 @@ class Window:
 
     nodes: tuple[Node, ...]
     inputs: tuple[Node, ...]
-    """In the order of their first use; sizes that only shapes name come last."""
+    """In the order of their first use; symbols that only shapes name come last."""
     outputs: tuple[Node, ...]
     """Those of `nodes` that the rest of the graph reads."""
     key: Hashable
@@ -74,13 +80,14 @@ def window(nodes: Sequence[Node], facts: Facts) -> Window:
     calls = [_call(node, inside, entering) for node in nodes]
     outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
     seen = [facts.of[node] for node in (*nodes, *entering)]
-    free = {symbol for fact in seen for symbol in fact.symbols}
-    named = {expression(value_of(node)) for node in entering if _is_size(value_of(node))}
-    unnamed = [facts.sizes[one] for one in sorted(free - named, key=str) if one in facts.sizes]
+    symbols: dict[Any, Any] = {}
+    sizes = [tuple(_renamed(size, symbols) for size in fact.sizes) for fact in seen]
+    named = {facts.of[node].sizes for node in entering if _is_size(value_of(node))}
+    unnamed = [facts.sizes[one] for one in symbols if one in facts.sizes and (one,) not in named]
     memory = [facts.of[node].memory for node in entering]
     aliased = {one for one in memory if memory.count(one) > 1}
     alone = (
-        not free <= {*facts.sizes}
+        not symbols.keys() <= facts.sizes.keys()
         or not all(facts.of[node].crosses for node in (*entering, *outputs))
         or any(node.op == "call_module" for node in nodes)
         or (aliased and any(facts.of[one].memory in aliased for one in _written(nodes)))
@@ -88,6 +95,8 @@ def window(nodes: Sequence[Node], facts: Facts) -> Window:
     key = (
         *calls,
         *(fact.described for fact in seen),
+        *sizes,
+        *(facts.ranges.get(one) for one in symbols),
         tuple(inside[node] for node in outputs),
         tuple(map(memory.index, memory)),
     )
@@ -132,13 +141,22 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, torch.SymInt)
 
 
+def _renamed(size: Any, symbols: dict[Any, Any]) -> Hashable:
+    """Write a size with its symbols numbered in the order in which they are met."""
+    if isinstance(size, int):
+        return size
+    for one in sorted(size.free_symbols, key=str):
+        symbols.setdefault(one, sympy.Symbol(f"size{len(symbols)}"))
+    return str(size.xreplace(symbols))
+
+
 def _fact(node: Node) -> Fact:
     value = value_of(node)
     plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
     return Fact(
         described=_described(value),
-        symbols=_symbols(value),
-        memory=value.untyped_storage()._cdata if plain else node,
+        sizes=tuple(_sizes(value)),
+        memory=value.untyped_storage()._cdata if plain else node,  # pyright: ignore[reportPrivateUsage]
         crosses=_is_size(value) or (plain and not is_traceable_wrapper_subclass(value)),
     )
 
@@ -147,34 +165,28 @@ def _described(value: Any) -> Hashable:
     if isinstance(value, (tuple, list)):
         return tuple(map(_described, cast("Sequence[Any]", value)))
     if not isinstance(value, torch.Tensor):
-        return type(value).__name__, str(value)
-    sizes = [tuple(map(str, one)) for one in _sizes(value)]
-    return value.dtype, str(value.device), value.requires_grad, str(value.layout), *sizes
+        return type(value).__name__, "" if _is_size(value) else str(value)
+    return value.dtype, str(value.device), value.requires_grad, str(value.layout), value.dim()
 
 
-def _symbols(value: Any) -> frozenset[Any]:
+def _sizes(value: Any) -> Iterator[Any]:
+    """List what sizes a value has; a symbol is an expression, anything else a number."""
     if isinstance(value, (tuple, list)):
-        parts = map(_symbols, cast("Sequence[Any]", value))
-        return frozenset[Any]().union(*parts)
-    if isinstance(value, torch.Tensor):
-        return _symbols([size for part in _sizes(value) for size in part if _is_size(size)])
-    return frozenset(expression(value).free_symbols) if _is_size(value) else frozenset()
+        for part in cast("Sequence[Any]", value):
+            yield from _sizes(part)
+    elif isinstance(value, torch.Tensor):
+        strided = value.layout == torch.strided
+        strides = (*value.stride(), value.storage_offset()) if strided else ()
+        yield from (expression(one) if _is_size(one) else one for one in (*value.shape, *strides))
+    elif _is_size(value):
+        yield expression(value)
 
 
-def _sizes(value: torch.Tensor) -> tuple[Sequence[Any], ...]:
-    strided = value.layout == torch.strided
-    return (value.shape, value.stride(), (value.storage_offset(),)) if strided else (value.shape,)
-
-
-def _written(nodes: Sequence[Node]) -> set[Node]:
-    """Give the values that a stretch writes to in place."""
-    written: set[Any] = set()
+def _written(nodes: Sequence[Node]) -> Iterator[Node]:
+    """List the values that a stretch writes to in place."""
     for node in filter(mutates, nodes):
         schema = getattr(node.target, "_schema", None)
-        arguments = schema.arguments if schema is not None else ()
-        places = [
-            at for at, one in enumerate(arguments) if one.alias_info and one.alias_info.is_write
-        ]
-        written |= {node.args[at] for at in places or (0,) if at < len(node.args)}
-        written.add(node.kwargs.get("out"))
-    return {one for one in written if isinstance(one, Node)}
+        infos = [one.alias_info for one in schema.arguments] if schema is not None else []
+        places = [at for at, info in enumerate(infos) if info and info.is_write] or [0]
+        given = [node.args[at] for at in places if at < len(node.args)]
+        yield from (one for one in (*given, node.kwargs.get("out")) if isinstance(one, Node))

@@ -196,7 +196,7 @@ def test_each_piece_is_compiled_once_with_the_symbols_of_the_whole(
         return gm.forward
 
     def inner(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        run(program := Program(gm=gm), ON, (outline_layers,))
+        run(Program(gm=gm), ON, (outline_layers,))
         return compile_pieces(gm, compiler)
 
     model = stack(*(Layer() for _ in range(4)), nn.Linear(HIDDEN, 4))
