@@ -14,7 +14,7 @@ place and views mean what they did. What is fused across it no longer is, and is
 are few, or the graph has to stay whole, nothing is cut (`docs/decisions/0027`).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -44,11 +44,9 @@ def outline_layers(program: Program, options: Options) -> Outcome:
         return Outcome(program=program, note=f"off: {why}")
     graph = program.gm.graph
     nodes = computed(graph)
-    found = _layers(graph, nodes)
-    kinds: dict[Hashable, list[Window]] = {}
-    for one in found:
-        kinds.setdefault(one.key, []).append(one)
-    kinds = {key: same for key, same in kinds.items() if key and len(same) > 1}
+    least = _PIECE if options.outline == "auto" else 1
+    cuts = [(windows, _repeated(windows, least)) for windows in _cuts(graph, nodes)]
+    found, kinds = min(cuts, key=lambda cut: _compiled(*cut), default=((), {}))
     before, after = len(nodes), _compiled(found, kinds)
     if not kinds or (options.outline == "auto" and before - after < before / _WORTH):
         return Outcome(program=program, note=f"too few layers repeat in {before} nodes")
@@ -79,12 +77,25 @@ def _why_whole(program: Program, options: Options) -> str:
     return program.whole if options.outline == "auto" else ""
 
 
-def _layers(graph: Graph, nodes: Sequence[Node]) -> list[Window]:
-    """Cut a graph into windows, those that repeat being whole layers."""
+def _cuts(graph: Graph, nodes: Sequence[Node]) -> Iterator[list[Window]]:
+    """Cut a graph into windows, those that repeat being whole layers, in several ways."""
     facts = Facts.read(graph)
-    at = borders(nodes)
-    windows = [window(nodes[i:j], facts) for i, j in zip([0, *at], [*at, len(nodes)], strict=True)]
-    return join(windows, lambda more: window(more, facts))
+    for at in borders(nodes):
+        ends = zip([0, *at], [*at, len(nodes)], strict=True)
+        windows = [window(nodes[start:end], facts) for start, end in ends]
+        yield join(windows, lambda more: window(more, facts))
+
+
+def _repeated(windows: Sequence[Window], least: int) -> dict[Hashable, list[Window]]:
+    """Give those that are alike, where it saves compiling at least so many nodes."""
+    kinds: dict[Hashable, list[Window]] = {}
+    for one in windows:
+        kinds.setdefault(one.key, []).append(one)
+    return {
+        key: same
+        for key, same in kinds.items()
+        if key and (len(same) - 1) * len(same[0].nodes) >= least
+    }
 
 
 def _compiled(found: Sequence[Window], kinds: Mapping[Hashable, Sequence[Window]]) -> int:

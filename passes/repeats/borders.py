@@ -5,7 +5,6 @@ x ─┬─ norm ─ attention ─ add ─┬─ norm ─ experts ─ add ─┬
    ^ one value crosses        ^ here                   ^ and here; elsewhere it is two or more
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -21,8 +20,8 @@ _LONG = 4
 """Values alive for a fourth of the graph (rotary tables, masks) cross borders alike; they and
 constants are not counted."""
 
-_OFTEN = 3
-"""Borders with as few crossing values as a graph has so often: inside of layers it is more."""
+_LEVELS = 4
+"""Ways to cut that are given: layers differ in how many values they hand on."""
 
 
 def computed(graph: torch.fx.Graph) -> list[Node]:
@@ -30,10 +29,10 @@ def computed(graph: torch.fx.Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op not in (*GIVEN, "output")]
 
 
-def borders(nodes: Sequence[Node]) -> list[int]:
-    """Give the positions in `nodes` before which a graph is best cut, ascending.
+def borders(nodes: Sequence[Node]) -> list[list[int]]:
+    """Give positions in `nodes` before which a graph is best cut, in several ways.
 
-    What crosses one is a tensor or a size, and no scope (autocast, vmap) is open. Linear time.
+    The first way is where the fewest values cross, the others where there are more as well. What crosses one is a tensor or a size, and no scope (autocast, vmap) is open. Linear time.
     """
     place = {node: number for number, node in enumerate(nodes)}
     size = len(nodes)
@@ -55,9 +54,11 @@ def borders(nodes: Sequence[Node]) -> list[int]:
         and crossing[at] < max(crossing[at - 1 : at + 2])
         and crossing[at] <= min(crossing[max(at - _REACH, 1) : min(at + _REACH + 1, size)])
     ]
-    counts = Counter(crossing[at] for at in found)
-    level = min((one for one, count in counts.items() if count >= _OFTEN), default=size)
-    return [_behind_idle(nodes, at) for at in found if crossing[at] <= level]
+    levels = sorted({crossing[at] for at in found})[:_LEVELS]
+    return [
+        sorted({_behind_idle(nodes, at) for at in found if crossing[at] <= level})
+        for level in levels
+    ]
 
 
 def _mark(counts: list[int], start: int, last: int) -> None:
