@@ -51,7 +51,7 @@ class Row:
     """A compiled call with the second prompt, and with one token."""
 
 
-_TIMES = tuple(field.name for field in fields(Row) if field.name not in ("contender", "warm"))
+TIMES = tuple(field.name for field in fields(Row) if field.name not in ("contender", "warm"))
 _BUILDING = ("lower", "lower_attention", "fuse_shared", "fuse_routers", "dense_linears")
 
 
@@ -154,7 +154,7 @@ def median(rows: Sequence[Row]) -> list[Row]:
     return [
         replace(
             same[0],
-            **{name: statistics.median(getattr(one, name) for one in same) for name in _TIMES},
+            **{name: statistics.median(getattr(one, name) for one in same) for name in TIMES},
         )
         for same in of.values()
     ]

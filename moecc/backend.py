@@ -50,8 +50,9 @@ def moecc(
     ]
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     trains = wants_grad or _switches_gradients_on(gm)
-    lent, whole = _lent(gm, example_inputs), _why_whole(chosen.inner, mode)
-    program = Program(gm=gm, trains=trains, lent=lent, whole=whole)
+    on_gpu = any(value.is_cuda for value in tensors)
+    whole = _why_whole(chosen.inner, mode, on_gpu)
+    program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs), whole=whole)
     result = run(program, chosen, keep_text=dump.wants_text())
     _refuse_other_schemes(result.program, example_inputs, chosen)
     dump.write(result.steps, result.program.lowerings)
@@ -116,7 +117,7 @@ def _switches_gradients_on(gm: GraphModule) -> bool:
     return not torch.is_grad_enabled() and any(node.args[0] is True for node in switches)
 
 
-def _why_whole(inner: str, mode: str | None) -> str:
+def _why_whole(inner: str, mode: str | None, on_gpu: bool) -> str:
     """Say why the inner backend should see the whole graph at once; empty if parts will do."""
     if inner not in _TAKES_FAKES:
         return f"inner={inner!r} may need tensors with values, which parts of a graph do not have"
@@ -125,7 +126,7 @@ def _why_whole(inner: str, mode: str | None) -> str:
     from torch._inductor import config, list_mode_options  # only a compiled graph needs it
 
     modes: dict[str, Any] = list_mode_options(mode) if mode else {}
-    if modes.get("triton.cudagraphs", config.triton.cudagraphs):
+    if on_gpu and modes.get("triton.cudagraphs", config.triton.cudagraphs):
         return "CUDA graphs record a whole graph"
     return "inductor freezes weights" if config.freezing else ""
 

@@ -46,7 +46,7 @@ def outline_layers(program: Program, options: Options) -> Outcome:
     nodes = computed(graph)
     least = _PIECE if options.outline == "auto" else 1
     cuts = [(windows, _repeated(windows, least)) for windows in _cuts(graph, nodes)]
-    found, kinds = min(cuts, key=lambda cut: _compiled(*cut), default=((), {}))
+    found, kinds = min(cuts, key=lambda cut: _compiled(*cut))
     before, after = len(nodes), _compiled(found, kinds)
     if not kinds or (options.outline == "auto" and before - after < before / _WORTH):
         return Outcome(program=program, note=f"too few layers repeat in {before} nodes")

@@ -46,7 +46,7 @@ def test_generates_the_same_tokens_with_a_cache_that_grows() -> None:
     model = compiled(tiny_model("qwen3_moe", **FOUR), "aot_eager")
     assert torch.equal(model.generate(PROMPT, **SETTINGS), expected)
     assert layers(model) == [[4], [4], [3]], "prefill, one token, tokens; caches have own symbols"
-    assert "model.layers.1 to model.layers.3: 3 times" in " ".join(str(moecc.report(model)).split())
+    assert "layers compiled once" in str(moecc.report(model))
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from moecc.passes.pattern import op_name
 
 _REACH = 10
 """Nodes to each side that a border has the fewest crossing values of: a norm is shorter."""
-_LONG = 4
-"""Values alive for a fourth of the graph (rotary tables, masks) cross borders alike; they and
+_LONG = 3
+"""Values alive for a third of the graph (rotary tables, masks) cross borders alike; they and
 constants are not counted."""
 
 _LEVELS = 4
@@ -32,7 +32,8 @@ def computed(graph: torch.fx.Graph) -> list[Node]:
 def borders(nodes: Sequence[Node]) -> list[list[int]]:
     """Give positions in `nodes` before which a graph is best cut, in several ways.
 
-    The first way is where the fewest values cross, the others where there are more as well. What crosses one is a tensor or a size, and no scope (autocast, vmap) is open. Linear time.
+    First where the fewest values cross, then where more do as well. What crosses is a tensor or a
+    size, and no scope (autocast, vmap) is open. Linear time.
     """
     place = {node: number for number, node in enumerate(nodes)}
     size = len(nodes)
@@ -54,7 +55,7 @@ def borders(nodes: Sequence[Node]) -> list[list[int]]:
         and crossing[at] < max(crossing[at - 1 : at + 2])
         and crossing[at] <= min(crossing[max(at - _REACH, 1) : min(at + _REACH + 1, size)])
     ]
-    levels = sorted({crossing[at] for at in found})[:_LEVELS]
+    levels = sorted({crossing[at] for at in found})[:_LEVELS] or [0]
     return [
         sorted({_behind_idle(nodes, at) for at in found if crossing[at] <= level})
         for level in levels
