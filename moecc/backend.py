@@ -18,6 +18,8 @@ from moecc.lenders import check_schemes
 from moecc.passes.ir import Program
 from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, run
+from moecc.passes.repeats.extract import readers
+from moecc.pieces import compile_pieces
 from moecc.records import Record
 from moecc.runtime.errors import InputError, StrictError
 from moecc.runtime.offload.bank import is_lent
@@ -48,7 +50,9 @@ def moecc(
     ]
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     trains = wants_grad or _switches_gradients_on(gm)
-    program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs))
+    on_gpu = any(value.is_cuda for value in tensors)
+    whole = _why_whole(chosen.inner, mode, on_gpu)
+    program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs), whole=whole)
     result = run(program, chosen, keep_text=dump.wants_text())
     _refuse_other_schemes(result.program, example_inputs, chosen)
     dump.write(result.steps, result.program.lowerings)
@@ -59,7 +63,10 @@ def moecc(
         listed = "; ".join(f"{note.where}: {note.why}" for note in refused)
         raise StrictError(f"strict=True and capture had to leave things alone: {listed}")
     record = Record.of(result, chosen, tensors, notes)
-    return record.count(_inner(chosen.inner, mode)(gm, example_inputs))
+    compiler = _inner(chosen.inner, mode)
+    if result.program.callees:
+        return record.count(compile_pieces(gm, compiler))
+    return record.count(compiler(gm, example_inputs))
 
 
 def _lent(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
@@ -80,6 +87,8 @@ def _refuse_other_schemes(
             check_schemes(block.path, block.schemes, lender, options)
 
 
+_TAKES_FAKES = ("eager", "aot_eager", "inductor")
+"""Inner backends that compile for fake tensors, as a part's inputs are while nothing has run."""
 _READERS = (
     torch.ops.moecc.experts.default,
     torch.ops.moecc.experts.apart,
@@ -93,7 +102,7 @@ def _refuse_readers_of_stand_ins(
 ) -> None:
     """Raise `InputError` where a graph would compute with the NaN that stands for experts."""
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
-        other = [user for user in node.users if user.target not in _READERS]
+        other = [user for user in readers(node) if user.target not in _READERS]
         if is_stand_in(value) and other:
             why = "; ".join(reasons) or "it is part of no block"
             raise InputError(
@@ -106,6 +115,20 @@ def _switches_gradients_on(gm: GraphModule) -> bool:
     """Tell whether the model itself asks for gradients in the middle of its forward."""
     switches = gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)  # pyright: ignore
     return not torch.is_grad_enabled() and any(node.args[0] is True for node in switches)
+
+
+def _why_whole(inner: str, mode: str | None, on_gpu: bool) -> str:
+    """Say why the inner backend should see the whole graph at once; empty if parts will do."""
+    if inner not in _TAKES_FAKES:
+        return f"inner={inner!r} may need tensors with values, which parts of a graph do not have"
+    if inner != "inductor":
+        return ""
+    from torch._inductor import config, list_mode_options  # only a compiled graph needs it
+
+    modes: dict[str, Any] = list_mode_options(mode) if mode else {}
+    if on_gpu and modes.get("triton.cudagraphs", config.triton.cudagraphs):
+        return "CUDA graphs record a whole graph"
+    return "inductor freezes weights" if config.freezing else ""
 
 
 def _inner(name: str, mode: str | None) -> Callable[..., Callable[..., Any]]:

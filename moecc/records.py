@@ -24,6 +24,7 @@ class Record:
     placements: tuple[Any, ...]
     attentions: tuple[Any, ...]
     linears: tuple[Any, ...]
+    callees: tuple[Any, ...]
     notes: tuple[Miss, ...]
     """What capture saw while the graph was traced."""
     tensors: tuple[weakref.ref[torch.Tensor], ...]
@@ -46,6 +47,7 @@ class Record:
             placements=result.program.placements,
             attentions=result.program.attentions,
             linears=result.program.linears,
+            callees=result.program.callees,
             notes=notes,
             tensors=tuple(map(weakref.ref, inputs)),
         )

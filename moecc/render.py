@@ -123,6 +123,10 @@ def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
             console.print(title)
             counts = Counter(found.values())
             _print_list((f"{kernel}: {count} layers" for kernel, count in counts.items()), console)
+    callees = dict.fromkeys(_callee_text(one) for graph in graphs for one in graph.callees)
+    if callees:
+        console.print("layers compiled once")
+        _print_list(callees, console)
     misses = [f"{miss['where']}: {miss['why']}" for graph in graphs for miss in graph.misses]
     if misses:
         console.print("left alone")
@@ -155,6 +159,12 @@ def _passes(passes: Sequence[dict[str, Any]]) -> Table:
         cells = [str(number), step["name"], rewrites, nodes, f"{step['milliseconds']:.1f}"]
         table.add_row(*cells, step["note"])
     return table
+
+
+def _callee_text(callee: dict[str, Any]) -> str:
+    paths = callee["paths"]
+    cuts = f", not fused across: {', '.join(callee['severed'])}" if callee["severed"] else ""
+    return f"{paths[0]} to {paths[-1]}: {len(paths)} times {callee['nodes']} nodes{cuts}"
 
 
 def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:

@@ -32,6 +32,8 @@ class GraphReport:
     """path, heads, shared, kernel: attention of a few query tokens that moecc's kernels compute"""
     linears: tuple[dict[str, Any], ...]
     """path, inputs, outputs, dtype, kernel: linear layers that moecc's kernels compute"""
+    callees: tuple[dict[str, Any], ...]
+    """name, paths, nodes, severed: layers that are alike, compiled once for all their paths"""
     misses: tuple[dict[str, Any], ...]
     """where, why, fallback, node, source"""
 
@@ -111,6 +113,7 @@ def graph_report(record: Record) -> GraphReport:
         blocks=tuple(_block(block, kernels.get(block.path, "")) for block in record.blocks),
         attentions=tuple(map(asdict, record.attentions)),
         linears=tuple(asdict(one) | {"dtype": _name(one.dtype)} for one in record.linears),
+        callees=tuple(map(_callee, record.callees)),
         misses=tuple(asdict(miss) for miss in record.misses),
     )
 
@@ -130,6 +133,10 @@ def _block(block: Any, kernel: str) -> dict[str, Any]:
     }
     text = {"dtype": _name(block.dtype), "activation": str(block.activation), "kernel": kernel}
     return plain | text | described
+
+
+def _callee(callee: Any) -> dict[str, Any]:
+    return {name: getattr(callee, name) for name in ("name", "paths", "nodes", "severed")}
 
 
 def _name(dtype: torch.dtype) -> str:

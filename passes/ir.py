@@ -176,6 +176,22 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Callee:
+    """Layers that are alike, compiled once and called for each of them."""
+
+    name: str
+    """Of the submodule that the graph calls."""
+    paths: tuple[str, ...]
+    """Of the layers in the user's model, `model.layers.3`; labels."""
+    nodes: int
+    """Of one layer."""
+    severed: tuple[str, ...]
+    """What could be fused across a layer's end and is not, `add | pow`."""
+    held: frozenset[str]
+    """The nodes of all layers, which were the graph's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """A graph plus everything the compiler has decided about it so far.
 
@@ -193,6 +209,9 @@ class Program:
     lowerings: tuple[Lowering, ...] = ()
     attentions: tuple[Attention, ...] = ()
     linears: tuple[DenseLinear, ...] = ()
+    callees: tuple[Callee, ...] = ()
+    whole: str = ""
+    """Why whoever compiles the graph wants it whole; empty if parts will do."""
 
     def nodes(self) -> Mapping[str, Node]:
         """Look nodes up by name."""

@@ -18,6 +18,7 @@ from moecc.passes.ir import Miss, Outcome, Program
 from moecc.passes.lower import lower
 from moecc.passes.lower_attention import lower_attention
 from moecc.passes.options import Options
+from moecc.passes.outline_layers import outline_layers
 from moecc.passes.pattern import mutates
 from moecc.passes.quantize_experts import quantize_experts
 from moecc.passes.schedule_offload import schedule_offload
@@ -36,8 +37,9 @@ PIPELINE: tuple[Pass, ...] = (
     lower_attention,
     fuse_shared,  # after lower: kernels for GPUs add shared experts
     fuse_routers,  # after insert_prefetch: predictions copy the model's own router
-    dense_linears,  # after these: passes before read routers and shared experts as linear layers
+    dense_linears,  # after these: they read routers and shared experts as linear layers
     fuse_linears,
+    outline_layers,  # last: what a layer is made of is in its callee then
 )
 
 
@@ -147,6 +149,7 @@ def _drop_orphans(graph: Graph, used: set[Node]) -> None:
 def _check(program: Program, name: str) -> None:
     """Hold every decision against the graph: the nodes it names exist."""
     names = {node.name for node in program.gm.graph.nodes}
+    names = names.union(*(callee.held for callee in program.callees))
     for block in program.blocks:
         inputs = (block.hidden, block.ids, block.weights, block.gate_up, block.down, block.output)
         lost = [each for each in inputs if each not in names]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from moecc.passes.pattern import target_name
 from moecc.passes.source import module_path, value_name
@@ -18,8 +18,12 @@ _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b", "c
 
 
 def graph_text(graph: Graph) -> str:
-    """Print one node a line: name, call, and what it yields as a comment."""
-    return "\n".join(node_text(node) for node in graph.nodes) + "\n"
+    """Print one node a line: name, call, and what it yields as a comment; then each callee."""
+    text = "\n".join(node_text(node) for node in graph.nodes) + "\n"
+    for name in dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module")):
+        callee = graph.owning_module.get_submodule(name) if graph.owning_module else None
+        text += f"\n{name}:\n{graph_text(callee.graph)}" if isinstance(callee, GraphModule) else ""
+    return text
 
 
 def node_text(node: Node) -> str:

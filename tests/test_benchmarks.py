@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks import dispatch, kernel_table, kernels, layer, quality_table
+from benchmarks import compile_time, dispatch, kernel_table, kernels, layer, quality_table
 from benchmarks.rounding import scheme_bits
 from moecc.runtime.schemes.scheme import FP8_BLOCKS, INT8, int4
 
@@ -70,3 +70,15 @@ def test_a_table_has_models_beside_each_other() -> None:
         f"| hqq: 4 g64 | 4.500 | {cells} | 4.500 | {cells} |",
         f"| **int8** | 8.500 | {cells} | 8.500 | {cells} |",
     ]
+
+
+def test_compile_times_stand_beside_those_of_plain_inductor() -> None:
+    times = dict.fromkeys(compile_time.TIMES, 2.0)
+    of_moecc = times | {"first": 1.0, "prefill": 3.0}
+    rows = [
+        compile_time.Row(contender=name, warm=False, **spent)
+        for name, spent in (("inductor", times), ("moecc", of_moecc), ("moecc", of_moecc))
+    ]
+    _, plain, ours = compile_time.cells(compile_time.median(rows))
+    assert plain[:3] == ["inductor, cold", "2.0 (1.00x)", "2.0 (1.00x)"]
+    assert (ours[0], ours[1], ours[-2]) == ("moecc, cold", "1.0 (0.50x)", "3.0000 (1.50x)")
