@@ -46,10 +46,14 @@ def outline_layers(program: Program, options: Options) -> Outcome:
     nodes = computed(graph)
     least = _PIECE if options.outline == "auto" else 1
     cuts = [(windows, _repeated(windows, least)) for windows in _cuts(graph, nodes)]
-    found, kinds = min(cuts, key=lambda cut: _compiled(*cut))
+    asked = options.outline is True
+    found, kinds = min(cuts, key=lambda cut: (asked and not cut[1], _compiled(*cut)))
     before, after = len(nodes), _compiled(found, kinds)
     if not kinds or (options.outline == "auto" and before - after < before / _WORTH):
         return Outcome(program=program, note=f"too few layers repeat in {before} nodes")
+    if any(rest.entangled for rest in _left(found, kinds, Facts.read(graph))):
+        note = "off: what is left writes to memory that it shares with layers"
+        return Outcome(program=program, note=note)
     names = {key: f"layer{number}" for number, key in enumerate(kinds)}
     callees = tuple(_callee(names[key], same) for key, same in kinds.items())
     for key, same in kinds.items():
@@ -96,6 +100,15 @@ def _repeated(windows: Sequence[Window], least: int) -> dict[Hashable, list[Wind
         for key, same in kinds.items()
         if key and (len(same) - 1) * len(same[0].nodes) >= least
     }
+
+
+def _left(
+    found: Sequence[Window], kinds: Mapping[Hashable, Sequence[Window]], facts: Facts
+) -> Iterator[Window]:
+    """Give what lies between layers, each stretch whole."""
+    for is_layer, stretch in groupby(found, lambda one: one.key in kinds):
+        if not is_layer:
+            yield window([node for one in stretch for node in one.nodes], facts)
 
 
 def _compiled(found: Sequence[Window], kinds: Mapping[Hashable, Sequence[Window]]) -> int:

@@ -71,6 +71,8 @@ class Window:
     """Those of `nodes` that the rest of the graph reads."""
     key: Hashable
     """Equal for stretches that one callee serves; None for what can have no callee."""
+    entangled: bool
+    """It writes to memory that several of its inputs share, which no compiler of it alone sees."""
 
 
 def window(nodes: Sequence[Node], facts: Facts) -> Window:
@@ -90,8 +92,8 @@ def window(nodes: Sequence[Node], facts: Facts) -> Window:
         not symbols.keys() <= facts.sizes.keys()
         or not all(facts.of[node].crosses for node in (*entering, *outputs))
         or any(node.op == "call_module" for node in nodes)
-        or (aliased and any(facts.of[one].memory in aliased for one in _written(nodes)))
     )
+    entangled = bool(aliased) and any(facts.of[one].memory in aliased for one in _written(nodes))
     key = (
         *calls,
         *(fact.described for fact in seen),
@@ -104,7 +106,8 @@ def window(nodes: Sequence[Node], facts: Facts) -> Window:
         nodes=tuple(nodes),
         inputs=(*entering, *unnamed),
         outputs=outputs,
-        key=None if alone else key,
+        key=None if alone or entangled else key,
+        entangled=entangled,
     )
 
 

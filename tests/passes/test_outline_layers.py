@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import moecc
 from moecc import backend
 from moecc.passes.ir import Callee, Program
 from moecc.passes.options import Options
@@ -153,6 +154,32 @@ def test_a_layer_that_writes_to_memory_that_it_reads_elsewhere_is_left_alone() -
         want = Viewing()(*(part := whole.clone()[0], part))
         got = compiled(*(part := whole.clone()[0], part[:]))
     torch.testing.assert_close(got, want)
+
+
+class Tail(nn.Module):
+    """Writes to a tensor whose view was taken before the layers, and reads the view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = stack(*(Layer() for _ in range(8)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = x + 1
+        seen = hidden.view(-1)
+        out = self.layers(hidden)
+        hidden.mul_(3)
+        return out + seen.view_as(out)
+
+
+def test_what_follows_the_layers_may_write_to_what_a_view_shows() -> None:
+    model, x = Tail(), rows()
+    compiled = torch.compile(
+        model, backend="moecc", options={"inner": "aot_eager", "outline": True}
+    )
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) < 1e-6
+    (graph,) = moecc.report(model).graphs
+    assert "shares with layers" in graph.passes[-1]["note"]
 
 
 class Scoped(nn.Module):
