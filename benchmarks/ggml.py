@@ -129,7 +129,7 @@ def _library() -> Any:
 
     folder = Path(libggml.__file__).parent / "lib64"
     for name in ("libggml-base.so", "libggml-cpu.so"):
-        lib: Any = ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+        lib: Any = ctypes.CDLL(str(folder / name))
     base: Any = ctypes.CDLL(str(folder / "libggml-base.so"))
     for owner, signatures in ((base, _BASE), (lib, _CPU)):
         for name, (result, *arguments) in signatures.items():
