@@ -14,11 +14,11 @@ place and views mean what they did. What is fused across it no longer is, and is
 are few, or the graph has to stay whole, nothing is cut (`docs/decisions/0027`).
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from os.path import commonpath
 
 import torch
 from torch.fx import Graph, Node
@@ -141,6 +141,11 @@ def _severed(layer: Window) -> list[str]:
 
 
 def _path(layer: Window) -> str:
-    """Give the innermost module around a whole layer, `model.layers.3`; a label."""
-    found = {path.replace(".", "/") for node in layer.nodes if (path := module_path(node))}
-    return commonpath(found).replace("/", ".") if found else ""
+    """Give the module of a list, `model.layers.3`, that most of a layer comes from; a label.
+
+    A layer of ours may begin in the middle of one of the model's and end in that of the next.
+    """
+    paths = [path.split(".") for node in layer.nodes if (path := module_path(node))]
+    around = Counter(".".join(path[:end]) for path in paths for end in range(1, len(path) + 1))
+    listed = [path for path in around if path.rpartition(".")[2].isdigit()]
+    return max(listed or around, key=lambda path: (around[path], len(path)), default="")

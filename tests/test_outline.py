@@ -47,6 +47,9 @@ def test_generates_the_same_tokens_with_a_cache_that_grows() -> None:
     assert torch.equal(model.generate(PROMPT, **SETTINGS), expected)
     assert layers(model) == [[4], [4], [3]], "prefill, one token, tokens; caches have own symbols"
     assert "layers compiled once" in str(moecc.report(model))
+    for graph in moecc.report(model).graphs:
+        (callee,) = graph.callees
+        assert len({*callee["paths"]}) == len(callee["paths"]), "each layer is named"
 
 
 @pytest.mark.slow
