@@ -21,7 +21,7 @@ from functools import partial
 from itertools import groupby
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from moecc.passes.ir import Callee, Outcome, Program
 from moecc.passes.options import Options
@@ -43,15 +43,15 @@ def outline_layers(program: Program, options: Options) -> Outcome:
     if why := _why_whole(program, options):
         return Outcome(program=program, note=f"off: {why}")
     graph = program.gm.graph
-    nodes = computed(graph)
+    nodes, facts = computed(graph), Facts.read(graph)
     least = _PIECE if options.outline == "auto" else 1
-    cuts = [(windows, _repeated(windows, least)) for windows in _cuts(graph, nodes)]
+    cuts = [(windows, _repeated(windows, least)) for windows in _cuts(nodes, facts)]
     asked = options.outline is True
     found, kinds = min(cuts, key=lambda cut: (asked and not cut[1], _compiled(*cut)))
     before, after = len(nodes), _compiled(found, kinds)
     if not kinds or (options.outline == "auto" and before - after < before / _WORTH):
         return Outcome(program=program, note=f"too few layers repeat in {before} nodes")
-    if any(rest.entangled for rest in _left(found, kinds, Facts.read(graph))):
+    if any(rest.entangled for rest in _left(found, kinds, facts)):
         note = "off: what is left writes to memory that it shares with layers"
         return Outcome(program=program, note=note)
     names = {key: f"layer{number}" for number, key in enumerate(kinds)}
@@ -81,9 +81,8 @@ def _why_whole(program: Program, options: Options) -> str:
     return program.whole if options.outline == "auto" else ""
 
 
-def _cuts(graph: Graph, nodes: Sequence[Node]) -> Iterator[list[Window]]:
+def _cuts(nodes: Sequence[Node], facts: Facts) -> Iterator[list[Window]]:
     """Cut a graph into windows, those that repeat being whole layers, in several ways."""
-    facts = Facts.read(graph)
     for at in borders(nodes):
         ends = zip([0, *at], [*at, len(nodes)], strict=True)
         windows = [window(nodes[start:end], facts) for start, end in ends]
