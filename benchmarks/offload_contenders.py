@@ -12,6 +12,7 @@ import torch
 
 from moecc.generate import Timing, generate
 from moecc.lenders import bound_to
+from moecc.links import new_link
 from moecc.runtime.errors import MissingExtra
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
@@ -101,7 +102,7 @@ def new_contender(
     name: str, stores: Sequence[Store], slots: int, limit: float | None = None
 ) -> Contender:
     """Give a contender banks of its own, with so many slots each, and a link of its own."""
-    link, trial = Link(limit=limit), Trial()
+    link, trial = new_link(limit=limit), Trial()
     banks = [
         Bank(
             number=number,

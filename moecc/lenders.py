@@ -13,6 +13,7 @@ from moecc.runtime.errors import OptionError
 from moecc.runtime.modules import named_modules, parameters_of
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
+from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import Lender, bind, lender_of
 from moecc.runtime.offload.trace import Counts
@@ -39,6 +40,9 @@ class ExpertsReport:
     """From disk so far."""
     read_bandwidth: float | None
     """Bytes a second while something was read."""
+    readers: str | None
+    """`native`, or `python`: threads that take turns with the model's Python code, where there is
+    no compiler; None beside a device"""
     guesses: dict[str, Any] | None
     """Whether blocks act on guesses now (`on`), and the seconds of a decoding step `with` them and
     `without`, None where that is not known yet; None before the first guess"""
@@ -148,6 +152,9 @@ def report_experts(model: nn.Module) -> ExpertsReport | None:
         total_bytes=sum(block["experts"] * block["slot_bytes"] for block in blocks),
         read_bytes=sum(link.bytes for link in links.values()),
         read_bandwidth=max(seconds, default=None),
+        readers=min(
+            (link.readers for link in links.values() if isinstance(link, Link)), default=None
+        ),
         guesses=_trial(banks_of(model)),
     )
 

@@ -24,6 +24,7 @@ from moecc.checkpoint.weights import Weights, find_weights
 from moecc.checkpoint.without_experts import Absent, load_model
 from moecc.codegen.native.build import cache_folder
 from moecc.lenders import settle
+from moecc.links import new_link
 from moecc.on_device import bring_to_device
 from moecc.passes.options import Options
 from moecc.placement import place_experts
@@ -31,7 +32,6 @@ from moecc.records import note
 from moecc.runtime.errors import ModelError, OptionError, StoreError
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
-from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.plan import Demand
 from moecc.runtime.offload.policy import AUTO, POLICIES, Policy
 from moecc.runtime.offload.pool import Pool
@@ -219,7 +219,7 @@ def make_banks(
     """
     memory = 1.0 if options.expert_memory is None else options.expert_memory
     policy = _policy(options)
-    link, trial = Link(), Trial()
+    link, trial = new_link(), Trial()
     slots = place_experts(demands_of(model, stores, active), memory, options.trace)
     return [
         Bank(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moecc.runtime.offload.link import Link
+from moecc.links import new_link
 from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.record import new_records
 from moecc.runtime.offload.store import Store
@@ -101,7 +101,7 @@ def product_rate(seconds: float = 1.0) -> float:
 
 def store_bandwidth(store: Store, at_once: int = 1, seconds: float = 0.1) -> float:
     """Measure bytes a second of reading experts past the page cache, so many at once."""
-    link, (_, records) = Link(readers=at_once), new_records(at_once, store.layout)
+    link, (_, records) = new_link(at_once), new_records(at_once, store.layout)
 
     def read(first: int) -> None:
         loads = [

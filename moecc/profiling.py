@@ -19,6 +19,7 @@ from torch import nn
 from moecc.footprint import other_bytes
 from moecc.generate import compiled, generate
 from moecc.lenders import banks_of, bound_to
+from moecc.links import new_link
 from moecc.measuring import store_bandwidth
 from moecc.prompted import load_prompted
 from moecc.runtime.offload.bank import Bank
@@ -55,7 +56,7 @@ def measure(model: nn.Module, prompt: torch.Tensor, new_tokens: int, name: str) 
     banks = banks_of(model)
     stream = statistics.median(store_bandwidth(bank.store) for bank in banks)
     alone = _calls(model, prompt, new_tokens, banks, apart=len(banks))
-    link, active = Link(), max(call.experts for call in alone if call.tokens == 1)
+    link, active = new_link(), max(call.experts for call in alone if call.tokens == 1)
     few = [_with_slots(bank, min(active, bank.store.experts), link) for bank in banks]
     lent = _calls(model, prompt, new_tokens, few)
     bandwidth = link.bandwidth or stream  # there may be nothing to read

@@ -62,8 +62,9 @@ def print_experts(experts: ExpertsReport, console: Console) -> None:
         f"memory, {experts.hit_rate:.1%} of those asked for were there or on their way"
     )
     if experts.read_bandwidth:
+        by = "by Python threads, for want of a C++ compiler, " * (experts.readers == "python")
         console.print(
-            f"{experts.read_bytes / 1e6:,.1f} MB read from disk at "
+            f"{experts.read_bytes / 1e6:,.1f} MB read from disk {by}at "
             f"{experts.read_bandwidth / 1e6:,.0f} MB/s"
         )
     if experts.guesses and experts.guesses["with"] and experts.guesses["without"]:

@@ -4,13 +4,14 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.load import DEMAND, Load
-from moecc.runtime.offload.readers import State, close, remove, start_readers
+from moecc.runtime.offload.python_readers import PythonReaders
+from moecc.runtime.offload.readers import Readers
 from moecc.runtime.offload.record import Layout, new_records
 from moecc.runtime.offload.store import Files
 
@@ -18,6 +19,10 @@ READERS = 4
 """Enough reads in flight for the queues of an SSD."""
 _POLL = 0.02
 """Seconds at least between two looks at how busy a link is."""
+_LOOK = 0.05
+"""Seconds after which an interrupt is noticed while waiting."""
+
+NewReaders = Callable[[float | None, Files], Readers]
 
 
 class Link:
@@ -29,10 +34,16 @@ class Link:
     bytes a second, where that takes c seconds here, the limit is `b * g / c`.
     """
 
-    def __init__(self, readers: int = READERS, limit: float | None = None) -> None:
-        self._readers = readers
-        self._state = State(limit=limit)
-        self._closing = weakref.finalize(self, close, self._state)
+    def __init__(
+        self, readers: int = READERS, limit: float | None = None, new: NewReaders = PythonReaders
+    ) -> None:
+        self._count, self._new = readers, new
+        self._readers = new(limit, Files())
+        self._before = self._paused_at = 0, 0.0
+        """Bytes and seconds of readers that are closed, and of all when they paused."""
+        self._busy, self._polled, self._busy_then = 0.0, time.perf_counter(), 0.0
+        """Share of time lately, as of when, and the seconds until then."""
+        self._closing = weakref.finalize(self, self._readers.close)
         _links.add(self)
 
     def new_slots(self, count: int, layout: Layout) -> tuple[mmap.mmap, torch.Tensor]:
@@ -41,6 +52,8 @@ class Link:
 
     def arrived(self, load: Load) -> bool:
         """Tell whether an expert is there, or will never be."""
+        if not load.done:
+            self._readers.look(load)
         return load.done
 
     def used(self, slots: Iterable[torch.Tensor]) -> None:
@@ -48,20 +61,16 @@ class Link:
 
     def submit(self, load: Load) -> None:
         """Start reading an expert."""
-        if self._state.closed:
-            self._begin_anew([])
-        state = self._state
-        with state.lock:
-            start_readers(state, self._readers)
-            if not state.loads:
-                state.since = time.perf_counter()
-            state.loads.append(load)
-            state.changed.notify_all()
+        if self._readers.closed:
+            self._begin_anew([], self._counts())
+        self._start()
+        self._readers.submit(load)
 
     def promote(self, load: Load) -> None:
         """Let a load overtake those that are only predicted."""
-        with self._state.lock:
+        if load.priority != DEMAND:
             load.priority = DEMAND
+            self._readers.promote(load)
 
     def wait(self, load: Load) -> None:
         """Wait until a load is done; somebody needs it, so it overtakes predictions.
@@ -77,106 +86,95 @@ class Link:
 
     def stop(self, loads: Sequence[Load]) -> None:
         """Begin no more chunks of loads that nobody needs; those under way end by themselves."""
-        with self._state.lock:
-            for load in loads:
-                load.stop()
-                if load.done:
-                    remove(self._state, load)
+        for load in loads:
+            self._readers.stop(load)
 
     def cancel(self, loads: Sequence[Load]) -> None:
         """Stop loads that nobody needs; when this returns, nobody writes to their records."""
         self.stop(loads)
         for load in loads:
             self._wait_for_end(load)
-        with self._state.lock:
-            for load in loads:
-                remove(self._state, load)
 
     def _wait_for_end(self, load: Load) -> None:
-        """Wait without a condition: an interrupt must not leave a lock taken."""
         while not load.done:
-            with self._state.lock:
-                if not load.done:
-                    start_readers(self._state, self._readers)
-            if load.arrival.acquire(timeout=1.0):
-                load.arrival.release()
+            self._start()
+            self._readers.look(load, _LOOK)
+
+    def _start(self) -> None:
+        with self._readers.lock:
+            self._readers.start(self._count)
 
     def close(self) -> None:
         """Stop the readers and close the files; loads on their way are cancelled.
 
         The next load starts new ones.
         """
-        close(self._state)
+        self._readers.close()
 
     @property
     def limit(self) -> float | None:
         """Bytes a second at most; None is what the machine gives."""
-        return self._state.limit
+        return self._readers.limit
 
     @limit.setter
     def limit(self, limit: float | None) -> None:
-        self._state.limit = limit
+        self._readers.set_limit(limit)
+
+    @property
+    def readers(self) -> str:
+        """Say what serves it: `native` or `python`."""
+        return self._readers.kind
 
     @property
     def bytes(self) -> int:
         """Bytes read so far."""
-        return self._state.bytes
+        return self._counts()[0]
 
     @property
     def bandwidth(self) -> float | None:
         """Bytes a second while something was being read; None before the first load."""
-        state = self._state
-        with state.lock:
-            running = time.perf_counter() - state.since if state.loads else 0.0
-            seconds = state.seconds + running
-            return state.bytes / seconds if state.bytes else None
+        read, seconds = self._counts()
+        return read / seconds if read else None
 
     def busy(self) -> float:
         """Share of the latest time in which something was being read."""
-        state = self._state
-        with state.lock:
-            now = time.perf_counter()
-            total = state.seconds + (now - state.since if state.loads else 0.0)
-            elapsed = now - state.polled
-            if elapsed > _POLL:
-                share = min(1.0, (total - state.busy_then) / elapsed)
-                state.busy += 0.2 * (share - state.busy)
-                state.polled, state.busy_then = now, total
-            return state.busy
+        now, total = time.perf_counter(), self._counts()[1]
+        elapsed = now - self._polled
+        if elapsed > _POLL:
+            share = min(1.0, (total - self._busy_then) / elapsed)
+            self._busy += 0.2 * (share - self._busy)
+            self._polled, self._busy_then = now, total
+        return self._busy
+
+    def _counts(self) -> tuple[int, float]:
+        read, seconds = self._readers.counts()
+        return self._before[0] + read, self._before[1] + seconds
 
     def pause(self) -> None:
         """Let readers end their chunks, and keep them from the next: nobody writes to a record."""
-        state = self._state
-        state.changed.acquire()
-        state.paused = True
-        while any(load.active for load in state.loads):
-            state.changed.wait(timeout=1.0)
+        self._readers.pause()
+        self._paused_at = self._counts()
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        state = self._state
-        state.paused = False
-        state.changed.notify_all()
-        state.changed.release()
+        self._readers.resume()
 
     def resume_in_child(self) -> None:
         """Go on after `pause` in a forked child, which has none of the threads."""
-        state = self._state
-        state.files.close_copies()
-        for load in state.loads:
+        loads = self._readers.left()
+        for load in loads:
             load.done = load.done or load.cancelled
             load.restart()
-        self._begin_anew([load for load in state.loads if not load.done])
+        self._readers.abandon()
+        self._begin_anew([load for load in loads if not load.done], self._paused_at)
 
-    def _begin_anew(self, loads: list[Load]) -> None:
+    def _begin_anew(self, loads: Sequence[Load], counts: tuple[int, float]) -> None:
         self._closing.detach()
-        old = self._state
-        files = Files(stamps=old.files.stamps)
-        self._state = State(
-            files=files, loads=loads, limit=old.limit, bytes=old.bytes, seconds=old.seconds
-        )
-        self._state.since, self._state.busy_then = time.perf_counter(), old.seconds
-        self._closing = weakref.finalize(self, close, self._state)
+        old, self._before = self._readers, counts
+        self._readers = self._new(old.limit, Files(stamps=old.files.stamps))
+        self._closing = weakref.finalize(self, self._readers.close)
+        for load in loads:
+            self._readers.submit(load)
 
 
 _links: "weakref.WeakSet[Link]" = weakref.WeakSet()

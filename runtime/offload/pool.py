@@ -161,7 +161,7 @@ class Pool:
         for key in keys:
             if key in self.cache:
                 load = self._loads.get(self.cache.slot(key))
-                if load is not None and load.done and load.failed:
+                if load is not None and self.link.arrived(load) and load.failed:
                     del self._loads[self.cache.slot(key)]
                     self.cache.drop(key)
 

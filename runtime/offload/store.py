@@ -80,7 +80,7 @@ class Files:
         Raises `OSError` as the system does, `EOFError` when the file ends before, and `StoreError`
         when it is no longer the file that was opened first.
         """
-        handle, direct = self._handle(read.file)
+        handle, direct = self.open(read.file)
         self._fill(handle, direct, read, record, start, length)
         self._check(read.file, handle)
 
@@ -114,7 +114,8 @@ class Files:
             os.close(handle)
         self._open.clear()
 
-    def _handle(self, file: Path) -> tuple[int, bool]:
+    def open(self, file: Path) -> tuple[int, bool]:
+        """Give a file's number, and whether its reads are direct; raises as `read` does."""
         with self._lock:
             if file not in self._open:
                 handle, direct = _open(file)

@@ -9,13 +9,22 @@ from typing import Any
 
 import torch
 
-from moecc.runtime.offload.link import Link
+from moecc.codegen.native.readers import load_readers
+from moecc.runtime.offload import native_readers
+from moecc.runtime.offload.link import Link, NewReaders
 from moecc.runtime.offload.load import Load
+from moecc.runtime.offload.native_readers import NativeReaders
+from moecc.runtime.offload.python_readers import PythonReaders
 from moecc.runtime.offload.record import Layout, new_records
 from moecc.runtime.offload.store import Files, Read, Store
 
 SIZE = 5000
 """Bytes of a record's data: neither whole pages nor whole chunks."""
+KINDS: dict[str, NewReaders] = {
+    "python": PythonReaders,
+    "native": lambda limit, files: NativeReaders(load_readers(), limit, files),
+}
+"""Queues of readers, by name."""
 WAIT = 20.0
 """Seconds after which a test gives up on an event that has to come."""
 
@@ -70,6 +79,7 @@ class Gate:
             original(files, read, record, start, length)
 
         monkeypatch.setattr(Files, "read", read)
+        monkeypatch.setattr(native_readers, "BY_HAND", True)
 
     def arrived(self, count: int) -> None:
         """Wait until so many reads have come to the gate."""
@@ -99,6 +109,7 @@ def fail_reads(monkeypatch: Any, failures: Sequence[BaseException | None]) -> li
         return original(*args)
 
     monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(native_readers, "BY_HAND", True)
     return calls
 
 

@@ -19,6 +19,7 @@ from moecc.codegen.native.emit import emit
 from moecc.codegen.spec import Kernel, KernelSpec
 from moecc.codegen.triton_costs import plans
 from moecc.runtime.errors import StoreError
+from moecc.runtime.offload import native_readers
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import Load
@@ -28,7 +29,7 @@ from moecc.runtime.offload.record import Layout
 from moecc.runtime.offload.store import Files, Read, Store
 from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 from tests.codegen.native_cases import make_batch, make_experts, make_spec
-from tests.runtime.offload.stores import Gate, fail_reads, in_a_thread, in_child
+from tests.runtime.offload.stores import KINDS, Gate, fail_reads, in_a_thread, in_child
 
 EXPERTS = 6
 CASES = [
@@ -102,7 +103,7 @@ def foretell(bank: Bank) -> None:
 
 @pytest.fixture
 def link() -> Iterator[Link]:
-    made = Link()
+    made = Link(new=KINDS["native"])
     yield made
     made.close()
 
@@ -124,6 +125,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
     monkeypatch.setattr(Link, "submit", counted)
     monkeypatch.setattr(Files, "read", read)
+    monkeypatch.setattr(native_readers, "BY_HAND", True)
     return count
 
 
@@ -206,7 +208,7 @@ def test_a_call_that_fails_leaves_the_next_one_right(
         fail_reads(patch, [OSError(5, "Input/output error")] * 100)
         with pytest.raises(StoreError, match=r"of 'layers.0' from .*Input/output error"):
             block.check(bank, batch)
-        while not all(load.done for load in bank.pool._loads.values()):
+        while not all(map(link.arrived, bank.pool._loads.values())):
             time.sleep(0.001)  # others of the call fail too, before reads work again
     assert not bank.pool.cache._pins
     block.check(bank, batch)

@@ -11,6 +11,7 @@ import torch
 
 from moecc.runtime.errors import InputError, StoreError
 from moecc.runtime.offload import load as load_module
+from moecc.runtime.offload import native_readers
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.record import PAGE, Layout, new_records
 from moecc.runtime.offload.store import Files, Read, Store
@@ -71,6 +72,7 @@ def test_short_reads_go_on_where_they_stopped(
         return min(done, step)
 
     monkeypatch.setattr(os, "preadv", short)
+    monkeypatch.setattr(native_readers, "BY_HAND", True)
     monkeypatch.setattr(load_module, "CHUNK", 1 << 20)
     for expert in range(4):
         assert torch.equal(fetch(link, store, expert), data[expert])
@@ -133,6 +135,7 @@ def damage_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
             record[17] ^= done[0] <= times
 
     monkeypatch.setattr(Files, "read", read)
+    monkeypatch.setattr(native_readers, "BY_HAND", True)
     return done
 
 
@@ -163,6 +166,7 @@ def test_whatever_a_checksum_raises_reaches_the_one_who_waits(
     store, data = write_store(tmp_path, checksums=True)
     with monkeypatch.context() as patch:
         patch.setattr(Store, "check", lambda *_: [][0])
+        patch.setattr(native_readers, "BY_HAND", True)
         with pytest.raises(StoreError, match=r"expert 0 of .*IndexError"):
             fetch(link, store, 0)
     assert torch.equal(fetch(link, store, 0), data[0])

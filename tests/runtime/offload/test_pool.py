@@ -13,12 +13,13 @@ import torch
 
 from moecc.runtime.errors import InputError, StoreError
 from moecc.runtime.offload import load as load_module
-from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.link import Link, NewReaders
 from moecc.runtime.offload.load import Load
 from moecc.runtime.offload.policy import Key, lru
 from moecc.runtime.offload.pool import Pool
 from moecc.runtime.offload.store import Store
 from tests.runtime.offload.stores import (
+    KINDS,
     SIZE,
     Gate,
     fail_reads,
@@ -35,9 +36,9 @@ EIO = OSError(errno.EIO, "Input/output error")
 class Watched:
     """A pool of two slots over four experts, and what should be in them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: NewReaders) -> None:
         self.store, self.data = write_store(folder)
-        self.link = Link(readers=1)
+        self.link = Link(1, new=kind)
         self.pool = Pool(self.store.layout, 2, lru, self.link)
 
     def use(self, *experts: int) -> None:
@@ -61,9 +62,9 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
+def watched(tmp_path: Path, kind: NewReaders) -> Iterator[Watched]:
     before = open_files(), len(readers())
-    made = Watched(tmp_path)
+    made = Watched(tmp_path, kind)
     yield made
     made.check_nothing_is_lost()
     made.link.close()
@@ -200,7 +201,7 @@ def test_closing_during_loads_is_an_error_and_never_garbage(
     using = in_a_thread(lambda: watched.use(0, 1))
     gate.arrived(1)
     closing = in_a_thread(watched.link.close)
-    while not watched.link._state.closed:
+    while not watched.link._readers.closed:
         pass
     assert watched.pool.is_late((0, 1))  # cancelled before it began: done, but not there
     gate.open()
@@ -230,7 +231,7 @@ def test_shrinking_stops_what_is_on_its_way(
 
 def test_shrinking_gives_memory_back(tmp_path: Path) -> None:
     store, data = write_store(tmp_path, experts=16, size=1 << 20)
-    link = Link()
+    link = Link(new=KINDS["native"])
     pool = Pool(store.layout, 16, lru, link)
     keys = [(0, expert) for expert in range(16)]
     before = resident()
