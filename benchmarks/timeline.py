@@ -4,18 +4,19 @@ One track shows the blocks and the kernels in them, one the waits, and one each 
 """
 
 import json
-import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from moecc.runtime.offload.bank import Bank
-from moecc.runtime.offload.store import Files
+from moecc.runtime.offload.link import Link
+from moecc.runtime.offload.policy import Key
+from moecc.runtime.offload.readers import Span as Chunk
 from moecc.timed_bank import Call
 
 
@@ -31,36 +32,33 @@ class Span:
 
 @contextmanager
 def watched(banks: Sequence[Bank]) -> Generator[list[Span]]:
-    """Collect reads of all links, and waits of these banks' pools, inside."""
+    """Collect reads of these banks' links, and waits of their pools, inside."""
     spans: list[Span] = []
-
-    def timed(work: Callable[..., Any], track: str, name: Callable[..., str]) -> Callable[..., Any]:
-        @wraps(work)
-        def run(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return work(*arguments)
-            finally:
-                where = track or threading.current_thread().name
-                spans.append(
-                    Span(track=where, name=name(*arguments), start=start, end=time.perf_counter())
-                )
-
-        return run
-
-    def of_read(_: Files, read: Any, *rest: Any) -> str:
-        return f"{rest[-1]} bytes of {read.file.name} from {read.offset + rest[-2]}"
-
-    reading = timed(Files.read, "", of_read)
-    pools = list({id(bank.pool): bank.pool for bank in banks}.values())
-    with patch.object(Files, "read", reading):
+    reads: list[Iterable[Chunk]] = []
+    pools = {id(bank.pool): bank.pool for bank in banks}.values()
+    links = {id(pool.link): pool.link for pool in pools}.values()
+    with ExitStack() as stack:
+        reads += [stack.enter_context(one.watched()) for one in links if isinstance(one, Link)]
         for pool in pools:
-            pool.wait = timed(pool.wait, "wait", lambda key: f"block {key[0]} expert {key[1]}")
+            stack.enter_context(patch.object(pool, "wait", timed(pool.wait, spans)))
+        yield spans
+    for one in chain(*reads):
+        name = f"{one.length} bytes of {one.file.name} from {one.offset}"
+        spans.append(Span(track=one.thread, name=name, start=one.start, end=one.end))
+
+
+def timed(wait: Callable[[Key], None], spans: list[Span]) -> Callable[[Key], None]:
+    """Note how long waiting for an expert takes."""
+
+    def run(key: Key) -> None:
+        start = time.perf_counter()
         try:
-            yield spans
+            wait(key)
         finally:
-            for pool in pools:
-                del pool.wait
+            name = f"block {key[0]} expert {key[1]}"
+            spans.append(Span(track="wait", name=name, start=start, end=time.perf_counter()))
+
+    return run
 
 
 def spans_of(calls: Sequence[Call]) -> list[Span]:

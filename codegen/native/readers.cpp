@@ -5,6 +5,7 @@
 // goes well. What does not (an error, the end of a file, a file that has changed, a checksum) and
 // what nobody opened goes to Python, which retries, explains and counts.
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -97,6 +98,12 @@ struct Load {
   bool odd = false;         // Python has to check the record: it read a part, or the sum is wrong
 };
 
+// A chunk that was read: what, by which thread, and when, on a clock that Python has, too.
+struct Span {
+  int64_t thread, file, offset, length;
+  double from, to;
+};
+
 struct Queue {
   std::mutex mutex;
   std::condition_variable changed, ended;
@@ -105,6 +112,8 @@ struct Queue {
   bool closed = false, paused = false;
   double limit, sent = 0, seconds = 0, since = 0;
   int64_t bytes = 0;
+  bool watched = false;
+  std::vector<Span> spans;  // while somebody watches
 
   std::shared_ptr<Load> next() {
     std::shared_ptr<Load> best;
@@ -174,6 +183,7 @@ bool read(const File& file, const Range& range, const Chunk& chunk, uint8_t* rec
 // What a thread brings to Python: a chunk that it has to read, or a record that it has to check.
 struct Task { int64_t id, range, start, length; double through; };
 enum Kind : int64_t { CLOSED, READ, CHECK };
+
 
 extern "C" {
 
@@ -292,7 +302,13 @@ int64_t moecc_readers_work(Queue* queue, Task* task) {
     if (range.file != NOBODY) {
       File file = queue->files[range.file];
       lock.unlock();
+      double from = now();
       whole = read(file, range, chunk, load->record, bounce);
+      Span span{int64_t(pthread_self()), range.file, range.offset + chunk.start, chunk.length, from,
+                now()};
+      lock.lock();
+      if (queue->watched) queue->spans.push_back(span);
+      lock.unlock();
       if (whole && moecc_readers_finish(queue, task, false) == CHECK) return CHECK;
       lock.lock();
     }
@@ -302,6 +318,22 @@ int64_t moecc_readers_work(Queue* queue, Task* task) {
     }
   }
   return CLOSED;
+}
+
+// Note the chunks that are read from now on, or no longer.
+void moecc_readers_watch(Queue* queue, int64_t watched) {
+  Lock lock(queue->mutex);
+  queue->watched = watched;
+}
+
+// Take as many of those that were noted as there is room for; tell how many there were.
+int64_t moecc_readers_seen(Queue* queue, int64_t room, Span* spans) {
+  Lock lock(queue->mutex);
+  int64_t count = int64_t(queue->spans.size());
+  if (count > room) return count;
+  std::copy(queue->spans.begin(), queue->spans.end(), spans);
+  queue->spans.clear();
+  return count;
 }
 
 void moecc_readers_limit(Queue* queue, double limit) {

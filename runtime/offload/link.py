@@ -4,14 +4,15 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.load import DEMAND, Load
 from moecc.runtime.offload.python_readers import PythonReaders
-from moecc.runtime.offload.readers import Readers
+from moecc.runtime.offload.readers import Readers, Span
 from moecc.runtime.offload.record import Layout, new_records
 from moecc.runtime.offload.store import Files
 
@@ -149,6 +150,16 @@ class Link:
     def _counts(self) -> tuple[int, float]:
         read, seconds = self._readers.counts()
         return self._before[0] + read, self._before[1] + seconds
+
+    @contextmanager
+    def watched(self) -> Generator[list[Span]]:
+        """Collect the chunks that are read inside, for a timeline; known at its end."""
+        spans: list[Span] = []
+        self._readers.watch()
+        try:
+            yield spans
+        finally:
+            spans += self._readers.seen()
 
     def pause(self) -> None:
         """Let readers end their chunks, and keep them from the next: nobody writes to a record."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload import load as loads
 from moecc.runtime.offload.load import Chunk, Load
-from moecc.runtime.offload.readers import Readers, died, read, verify
+from moecc.runtime.offload.readers import Readers, Span, died, read, verify
 from moecc.runtime.offload.store import Files
 
 BY_HAND = False
@@ -37,6 +37,13 @@ class _Task(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("load", "range", "start", "length")),
         ("through", ctypes.c_double),
+    ]
+
+
+class _Span(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("thread", "file", "offset", "length")),
+        *((name, ctypes.c_double) for name in ("start", "end")),
     ]
 
 
@@ -147,6 +154,31 @@ class NativeReaders(Readers):
         super().abandon()
         self._queue = None
 
+    def watch(self) -> None:
+        """Note the chunks that are read from now on."""
+        super().watch()
+        self._library.moecc_readers_watch(self._queue, True)
+
+    def seen(self) -> list[Span]:
+        """Give the chunks that were read since, and note no more."""
+        self._library.moecc_readers_watch(self._queue, False)
+        count = self._library.moecc_readers_seen(self._queue, 0, None)
+        spans = (_Span * count)()
+        self._library.moecc_readers_seen(self._queue, count, spans)
+        names = {thread.ident: thread.name for thread in self.threads}
+        files = list(self._files)
+        return super().seen() + [
+            Span(
+                thread=names.get(one.thread, "moecc-reader"),
+                file=files[one.file],
+                offset=one.offset,
+                length=one.length,
+                start=one.start,
+                end=one.end,
+            )
+            for one in spans
+        ]
+
     def _file(self, file: Path) -> int:
         """Say what the queue calls a file; opening it again will say why it cannot be."""
         if BY_HAND:
@@ -165,7 +197,8 @@ class NativeReaders(Readers):
         chunk: Chunk = (load.store.reads[load.expert][task.range], task.start, task.length)
         error: Exception | None = died(load, chunk)
         try:
-            error = read(self.files, load, chunk)
+            with self.noted(load, chunk):
+                error = read(self.files, load, chunk)
         finally:  # whatever happens here, nobody waits for ever
             load.error = load.error or error
             if self._library.moecc_readers_finish(self._queue, task, error is not None):
@@ -195,6 +228,8 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         "finish": (number, pointer, task, number),
         "checked": (None, pointer, task, number, number),
         "work": (number, pointer, task),
+        "watch": (None, pointer, number),
+        "seen": (number, pointer, number, ctypes.POINTER(_Span)),
         "limit": (None, pointer, real),
         "counts": (None, pointer, ctypes.POINTER(real)),
         "pause": (None, pointer),

@@ -75,7 +75,8 @@ class PythonReaders(Readers):
             error: Exception | None = died(load, chunk)
             try:
                 through = self._enter(chunk[2])
-                error = read(self.files, load, chunk)
+                with self.noted(load, chunk):
+                    error = read(self.files, load, chunk)
                 time.sleep(max(0.0, through - time.perf_counter()))
             finally:  # whatever happens here, nobody waits for ever
                 self._finish(load, chunk, error)

@@ -7,12 +7,29 @@ chunk. The queue is in Python (`python_readers.py`), or in C++ where there is a 
 """
 
 import threading
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload.load import Chunk, Load
 from moecc.runtime.offload.store import Files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A chunk that was read, in seconds of `time.perf_counter`."""
+
+    thread: str
+    file: Path
+    offset: int
+    length: int
+    start: float
+    end: float
 
 
 class Readers(ABC):
@@ -26,6 +43,7 @@ class Readers(ABC):
         self.closed = False
         self.lock = threading.RLock()
         """What callers take: a condition is entered in Python, where interrupts leave it taken."""
+        self._spans: list[Span] | None = None
 
     @abstractmethod
     def submit(self, load: Load) -> None:
@@ -82,6 +100,33 @@ class Readers(ABC):
     def abandon(self) -> None:
         """Be of no more use, in a forked child: it has none of the threads."""
         self.files.close_copies()
+
+    def watch(self) -> None:
+        """Note the chunks that are read from now on."""
+        self._spans = []
+
+    def seen(self) -> list[Span]:
+        """Give the chunks that were read since, and note no more."""
+        spans, self._spans = self._spans or [], None
+        return spans
+
+    @contextmanager
+    def noted(self, load: Load, chunk: Chunk) -> Generator[None]:
+        """Read a chunk inside."""
+        start = time.perf_counter()
+        yield
+        if self._spans is not None:
+            read, begin, length = chunk
+            self._spans.append(
+                Span(
+                    thread=threading.current_thread().name,
+                    file=read.file,
+                    offset=read.offset + begin,
+                    length=length,
+                    start=start,
+                    end=time.perf_counter(),
+                )
+            )
 
     def start(self, count: int) -> None:
         """Replace threads that are missing; one is enough to go on with."""

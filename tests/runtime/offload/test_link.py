@@ -268,3 +268,21 @@ def test_native_readers_read_on_while_python_computes(tmp_path: Path) -> None:
             link._readers.look(load)
     assert torch.equal(load.record, data[0])
     link.close()
+
+
+def test_who_watches_sees_every_chunk(link: Link, tmp_path: Path) -> None:
+    store, _ = write_store(tmp_path)
+    fetch(link, store, 0)
+    began = time.perf_counter()
+    with link.watched() as spans:
+        fetch(link, store, 1)
+    fetch(link, store, 2)
+    first = store.reads[1][0].offset
+    assert [(one.offset - first, one.length) for one in spans] == [
+        (0, 2048),
+        (2048, 2048),
+        (4096, 904),
+    ]
+    assert all(began <= one.start <= one.end <= time.perf_counter() for one in spans)
+    assert {one.file.name for one in spans} == {"experts.bin"}
+    assert {one.thread for one in spans} == {"moecc-reader-0"}
