@@ -1,0 +1,250 @@
+"""Bring tokens to the ranks that hold their experts, and the results back.
+
+    split       every rank has tokens of its own (data-parallel attention)
+        all_to_all  a token goes once to each rank that computes for it, and one row comes back
+        gather      every token goes to every rank: fewer messages, for few tokens
+    replicated  all ranks have the same tokens; each computes what it holds
+        gather      every rank gets all parts and adds them up
+        scatter     every rank adds up a slice of the tokens, and passes its sums on
+
+Parts have the dtype of `hidden`, and are added in the order of ranks, wide, whichever way they
+came: the collective changes no bit, nor does timing. A header before them tells ranks how many rows
+to expect, and that all are at the same block of the same step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+
+from moecc.runtime.errors import InputError, ParallelError
+from moecc.runtime.parallel.placement import contiguous
+from moecc.runtime.parallel.ranks import Ranks
+from moecc.runtime.parallel.rows import pack_rows, unpack_rows
+from moecc.runtime.parallel.share import Share, bind_share, share_of
+
+Tokens = Literal["replicated", "split"]
+Local = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""The block's kernel on hidden [T, H], ids [T, K] and weights [T, K]; other ids give nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What decides which collective is sooner."""
+
+    tokens: Tokens
+    ranks: int
+    active: int
+    """K."""
+    out: int
+    """Bytes of a token with its choices."""
+    back: int
+    """Bytes of a result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Exchange:
+    """How the ranks of a group work on a block together."""
+
+    ranks: Ranks
+    tokens: Tokens
+    few: Callable[[Shape], float]
+    """Up to how many tokens a rank `gather` is sooner."""
+
+    @property
+    def key(self) -> str:
+        """Name the exchange in graphs."""
+        return f"{self.tokens} over {self.ranks.size} ranks of {self.ranks.group.group_name}"
+
+    def share(self, weight: torch.Tensor, experts: int) -> Share:
+        """Give what is known of the block of a first weight, [E, ..] or its first expert's.
+
+        A weight that a graph computes is another tensor in each call: its experts never move.
+        """
+        share = share_of(weight)
+        if share is None or share.placement.ranks != self.ranks.size:
+            even = contiguous(experts, self.ranks.size)
+            share = Share(placement=even, rank=self.ranks.rank, across=self.key)
+            bind_share(weight, share)
+        return share
+
+    def run(
+        self,
+        local: Local,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        share: Share,
+    ) -> torch.Tensor:
+        """Compute a block for the tokens of this rank, [T, H].
+
+        Raises `ParallelError` when a rank does not answer, or is somewhere else.
+        """
+        self.ranks.step += 1
+        share.learn(ids)
+        shape = Shape(
+            tokens=self.tokens,
+            ranks=self.ranks.size,
+            active=ids.shape[1],
+            out=hidden.shape[1] * hidden.itemsize + ids.shape[1] * (4 + weights.itemsize),
+            back=hidden.shape[1] * hidden.itemsize,
+        )
+        how = self._replicated if self.tokens == "replicated" else self._split
+        return how(local, hidden, ids, weights, share, self.few(shape))
+
+    def _replicated(
+        self,
+        local: Local,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        share: Share,
+        few: float,
+    ) -> torch.Tensor:
+        order = torch.arange(1, ids.numel() + 1, device=ids.device)
+        routing = int(((ids.reshape(-1) + 1) * order).sum())
+        self._headers(hidden, ids, share, routing)
+        if not len(hidden):
+            return torch.empty_like(hidden)
+        mine = ids.where(share.ranks_for(ids) == self.ranks.rank, -1)
+        part = local(hidden, mine, weights)
+        if len(hidden) <= few:
+            share.counts["gather"] += 1
+            return _sum(self._gather(part, share), part.dtype)
+        share.counts["scatter"] += 1
+        rows = -(-len(part) // self.ranks.size)
+        even = [rows] * self.ranks.size
+        parts = self._swap(_padded(part, sum(even)), even, even, share).split(even)
+        return self._gather(_sum(parts, part.dtype), share).flatten(0, 1)[: len(hidden)]
+
+    def _split(
+        self,
+        local: Local,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        share: Share,
+        few: float,
+    ) -> torch.Tensor:
+        ranks, here = self.ranks.size, self.ranks.rank
+        owners = share.ranks_for(ids, here)
+        wanted = torch.stack([(owners == rank).any(dim=1) for rank in range(ranks)])
+        ranks_of_rows, tokens_of_rows = wanted.nonzero(as_tuple=True)
+        send = cast(list[int], wanted.sum(dim=1).tolist())
+        headers = self._headers(hidden, ids, share, 0, send)
+        most = max(header[0] for header in headers)
+        if not most:
+            return torch.empty_like(hidden)
+        if most <= few:
+            return self._everywhere(local, hidden, ids, weights, share, most)
+        receive = [header[2 + here] for header in headers]
+        chosen = ids[tokens_of_rows]
+        chosen = chosen.where(owners[tokens_of_rows] == ranks_of_rows.unsqueeze(1), -1)
+        rows = pack_rows(hidden[tokens_of_rows], chosen, weights[tokens_of_rows])
+        share.counts["all_to_all"] += 1
+        arrived = self._swap(rows, send, receive, share)
+        inputs = unpack_rows(arrived, hidden, ids, weights)
+        results = local(*inputs) if len(arrived) else hidden.new_empty(0, hidden.shape[1])
+        parts = self._swap(results, receive, send, share).split(send)
+        total = hidden.new_zeros(hidden.shape, dtype=_wide(hidden.dtype))
+        for tokens, part in zip(tokens_of_rows.split(send), parts, strict=True):
+            total.index_add_(0, tokens, part.to(total.dtype))
+        return total.to(hidden.dtype)
+
+    def _everywhere(
+        self,
+        local: Local,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        share: Share,
+        most: int,
+    ) -> torch.Tensor:
+        """Send all tokens to all ranks, padded to as many as the fullest rank has."""
+        padded = (_padded(hidden, most), _padded(ids, most, -1), _padded(weights, most))
+        share.counts["gather"] += 1
+        everyone = self._gather(pack_rows(*padded), share)
+        inputs = unpack_rows(everyone.flatten(0, 1), hidden, ids, weights)
+        owners = [share.ranks_for(one, r) for r, one in enumerate(inputs[1].split(most))]
+        mine = inputs[1].where(torch.cat(owners) == self.ranks.rank, -1)
+        part = local(inputs[0], mine, inputs[2])
+        even = [most] * self.ranks.size
+        parts = self._swap(part, even, even, share).split(even)
+        return _sum(parts, part.dtype)[: len(hidden)]
+
+    def _headers(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        share: Share,
+        routing: int,
+        send: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Give everybody's tokens, routing and rows for each rank; all must be at one place."""
+        place = (self.ranks.step, len(share.load), hidden.shape[1], ids.shape[1])
+        own = torch.tensor([*place, len(hidden), routing, *send], device=hidden.device)
+        found = cast(list[list[int]], self.ranks.gather(own, "headers").tolist())
+        share.counts["headers"] += (self.ranks.size - 1) * own.nbytes
+        for rank, other in enumerate(found):
+            if tuple(other[:4]) != place:
+                step, *sizes = other[:4]
+                raise ParallelError(
+                    f"rank {self.ranks.rank} is at exchange {place[0]}, experts, hidden size and "
+                    f"active {list(place[1:])}, and rank {rank} at exchange {step}, {sizes}; run "
+                    "the same model the same number of times in all ranks"
+                )
+            if self.tokens == "replicated" and other[4:] != found[0][4:]:
+                raise InputError(
+                    f"rank {rank} routes {other[4]} tokens otherwise than rank 0 its "
+                    f"{found[0][4]}: with tokens='replicated' all ranks run the same tokens; say "
+                    "options={'tokens': 'split'} where each has its own"
+                )
+        return [other[4:] for other in found]
+
+    def _swap(
+        self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], share: Share
+    ) -> torch.Tensor:
+        abroad = len(rows) - send[self.ranks.rank]
+        share.counts["sent"] += abroad * rows.shape[1] * rows.itemsize
+        return self.ranks.exchange(rows, send, receive, "tokens and results")
+
+    def _gather(self, rows: torch.Tensor, share: Share) -> torch.Tensor:
+        share.counts["sent"] += (self.ranks.size - 1) * rows.nbytes
+        return self.ranks.gather(rows, "tokens or results")
+
+
+_exchanges: dict[str, Exchange] = {}
+
+
+def install_exchange(exchange: Exchange) -> None:
+    """Make an exchange callable from graphs under its key."""
+    _exchanges[exchange.key] = exchange
+
+
+def exchange_named(key: str) -> Exchange:
+    """Find an exchange. Raises `InputError` where this process has none of that name."""
+    found = _exchanges.get(key)
+    if found is None:
+        raise InputError(
+            f"ranks are not known in this process as {key!r}; graphs have to be compiled by moecc "
+            "here before they run"
+        )
+    return found
+
+
+def _sum(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Add up equal shapes in order, wide."""
+    total = torch.zeros_like(parts[0], dtype=_wide(dtype))
+    for part in parts:
+        total += part
+    return total.to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _padded(rows: torch.Tensor, length: int, value: int = 0) -> torch.Tensor:
+    missing = rows.new_full((length - len(rows), *rows.shape[1:]), value)
+    return torch.cat([rows, missing])

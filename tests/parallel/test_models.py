@@ -1,0 +1,107 @@
+"""Models whose experts ranks share say what they say alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moecc
+from moecc import backend
+from moecc.checkpoint import recipes
+from moecc.runtime.errors import OptionError
+from moecc.tiny import tiny_model
+from tests.loops import WhereLoop
+from tests.models import BatchedMoe, relative_error, tokens
+from tests.parallel.ranks import on_ranks
+
+IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def compiled(model: Any, tokens: str, inner: str = "eager") -> Any:
+    assert backend.moecc
+    torch._dynamo.reset()
+    options = {"inner": inner, "strict": True, "expert_parallel": 2, "tokens": tokens}
+    return torch.compile(model, backend="moecc", fullgraph=True, options=options)
+
+
+def check_families(rank: int) -> None:
+    for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
+        model, plain = (tiny_model(family, torch.float32) for _ in range(2))
+        model.load_state_dict(plain.state_dict())
+        for own in ("replicated", "split"):
+            shared = compiled(model, own)
+            for ids in (IDS, IDS[:, :4]):
+                mine = ids if own == "replicated" else ids[: 1 + rank]
+                got, expected = shared(mine).logits, plain(mine).logits
+                assert relative_error(got, expected) < 1e-5
+                assert torch.equal(got.argmax(-1), expected.argmax(-1))
+        report = moecc.report(model)
+        assert all(share.tokens for share in report.parallel)
+        assert len(report.parallel) == len(report.graphs[0].blocks) > 0
+        assert "split over 2 ranks" in str(report)
+    length = {"max_new_tokens": 5, "do_sample": False}
+    mine = IDS[: 1 + rank]
+    assert torch.equal(model.generate(mine, **length), plain.generate(mine, **length))
+
+
+def check_written_by_hand(rank: int) -> None:
+    for model, inner in ((BatchedMoe(torch.float32), "inductor"), (WhereLoop(), "eager")):
+        for own in ("replicated", "split"):
+            torch.manual_seed(rank if own == "split" else 7)
+            x = tokens(4, torch.float32)
+            expected = model(x)
+            assert relative_error(compiled(model, own, inner)(x), expected) < 1e-5
+
+
+def check_loading(rank: int, folder: Path) -> None:
+    read = [0]
+    original = recipes.read_tensor
+
+    def counting(tensor: Any) -> torch.Tensor:
+        found = original(tensor)
+        read[0] += found.nbytes
+        return found
+
+    recipes.read_tensor = counting
+    plain = moecc.load(folder)
+    model = moecc.load(folder, expert_parallel=2)
+    blocks = [name for name, one in plain.named_parameters() if one.dim() == 3]
+    whole = sum(plain.get_parameter(name).nbytes for name in blocks)
+    assert read[0] == whole // 2
+    for road in (model, torch.compile(model, backend="moecc", options={"inner": "eager"})):
+        got, expected = road(IDS).logits, plain(IDS).logits
+        assert relative_error(got, expected) < 1e-5
+    moved = moecc.balance(model, spare=1)
+    assert any(one.after < one.before for one in moved)
+    assert read[0] == whole // 2 + sum(one.read for one in moved) * whole // 16
+    assert relative_error(road(IDS).logits, expected) < 1e-5
+    assert moecc.report(model).parallel[0].copies > 0
+    assert [one.read for one in moecc.balance(model, spare=1)] == [0, 0]
+    lent = moecc.load(folder, expert_parallel=2, expert_memory="50%")
+    assert relative_error(lent(IDS).logits, expected) < 1e-5
+    counts = moecc.report(lent).experts
+    assert counts is not None
+    assert counts.read_bytes <= whole // 2
+
+
+def check_a_model_that_transformers_sharded() -> None:
+    model = tiny_model("qwen3_moe", torch.float32)
+    model._device_mesh = "what DistributedConfig(tp_size=2) leaves"
+    with pytest.raises(OptionError, match="sharded already"):
+        compiled(model, "replicated")
+
+
+def check_models(rank: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    check_families(rank)
+    check_written_by_hand(rank)
+    check_loading(rank, folder)
+    check_a_model_that_transformers_sharded()
+
+
+def test_two_ranks_compute_what_one_process_does_and_read_half_of_the_experts(
+    tmp_path: Path,
+) -> None:
+    tiny_model("qwen3_moe", torch.float32).save_pretrained(tmp_path)
+    on_ranks(2, check_models, tmp_path)
