@@ -24,6 +24,7 @@ from moecc.runtime import bank
 from moecc.runtime.errors import InputError
 from moecc.runtime.offload.stand_in import Lender, lender_of
 from moecc.runtime.parallel.exchange import exchange_named
+from moecc.runtime.parallel.rows import Rows
 from moecc.runtime.parallel.share import bind_share, share_of
 from moecc.runtime.schemes.scheme import Schemes
 from moecc.runtime.shared import add_shared
@@ -106,7 +107,7 @@ def run_experts(
 
     exchange = exchange_named(across)
     share = exchange.share(gate_up, len(gate_up))
-    return add_shared(exchange.run(local, hidden, ids, weights, share), shared, shared_scale)
+    return add_shared(exchange.run(local, Rows(hidden, ids, weights), share), shared, shared_scale)
 
 
 def _run_here(

@@ -21,7 +21,7 @@ import torch
 from moecc.runtime.errors import InputError, ParallelError
 from moecc.runtime.parallel.placement import contiguous
 from moecc.runtime.parallel.ranks import Ranks
-from moecc.runtime.parallel.rows import pack_rows, unpack_rows
+from moecc.runtime.parallel.rows import Rows
 from moecc.runtime.parallel.share import Share, bind_share, share_of
 
 Tokens = Literal["replicated", "split"]
@@ -69,121 +69,83 @@ class Exchange:
             bind_share(weight, share)
         return share
 
-    def run(
-        self,
-        local: Local,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        share: Share,
-    ) -> torch.Tensor:
+    def run(self, local: Local, rows: Rows, share: Share) -> torch.Tensor:
         """Compute a block for the tokens of this rank, [T, H].
 
-        Raises `ParallelError` when a rank does not answer, or is somewhere else.
+        Raises `ParallelError` when a rank does not answer, or is somewhere else, `InputError` when
+        ranks that should have the same tokens do not.
         """
         self.ranks.step += 1
-        share.learn(ids)
+        share.learn(rows.ids)
         shape = Shape(
             tokens=self.tokens,
             ranks=self.ranks.size,
-            active=ids.shape[1],
-            out=hidden.shape[1] * hidden.itemsize + ids.shape[1] * (4 + weights.itemsize),
-            back=hidden.shape[1] * hidden.itemsize,
+            active=rows.ids.shape[1],
+            out=rows.size,
+            back=rows.hidden.shape[1] * rows.hidden.itemsize,
         )
         how = self._replicated if self.tokens == "replicated" else self._split
-        return how(local, hidden, ids, weights, share, self.few(shape))
+        return how(local, rows, share, self.few(shape))
 
-    def _replicated(
-        self,
-        local: Local,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        share: Share,
-        few: float,
-    ) -> torch.Tensor:
+    def _replicated(self, local: Local, rows: Rows, share: Share, few: float) -> torch.Tensor:
+        """Compute what this rank holds for all tokens, and add up what all ranks did."""
+        hidden, ids, weights = rows
         order = torch.arange(1, ids.numel() + 1, device=ids.device)
-        routing = int(((ids.reshape(-1) + 1) * order).sum())
-        self._headers(hidden, ids, share, routing)
+        self._headers(rows, share, int(((ids.reshape(-1) + 1) * order).sum()))
         if not len(hidden):
             return torch.empty_like(hidden)
         mine = ids.where(share.ranks_for(ids) == self.ranks.rank, -1)
         part = local(hidden, mine, weights)
         if len(hidden) <= few:
             share.counts["gather"] += 1
-            return _sum(self._gather(part, share), part.dtype)
+            return _sum(self._gather(part, share))
         share.counts["scatter"] += 1
-        rows = -(-len(part) // self.ranks.size)
-        even = [rows] * self.ranks.size
-        parts = self._swap(_padded(part, sum(even)), even, even, share).split(even)
-        return self._gather(_sum(parts, part.dtype), share).flatten(0, 1)[: len(hidden)]
+        each = -(-len(part) // self.ranks.size)
+        missing = part.new_zeros(each * self.ranks.size - len(part), part.shape[1])
+        own = _sum(self._back(torch.cat([part, missing]), share))
+        return self._gather(own, share).flatten(0, 1)[: len(part)]
 
-    def _split(
-        self,
-        local: Local,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        share: Share,
-        few: float,
-    ) -> torch.Tensor:
-        ranks, here = self.ranks.size, self.ranks.rank
-        owners = share.ranks_for(ids, here)
-        wanted = torch.stack([(owners == rank).any(dim=1) for rank in range(ranks)])
-        ranks_of_rows, tokens_of_rows = wanted.nonzero(as_tuple=True)
+    def _split(self, local: Local, rows: Rows, share: Share, few: float) -> torch.Tensor:
+        """Send each token to the ranks that hold its experts, and add up what comes back."""
+        hidden, ids, _ = rows
+        owners = share.ranks_for(ids, self.ranks.rank)
+        wanted = torch.stack([(owners == rank).any(dim=1) for rank in range(self.ranks.size)])
+        ranks, tokens = wanted.nonzero(as_tuple=True)
         send = cast(list[int], wanted.sum(dim=1).tolist())
-        headers = self._headers(hidden, ids, share, 0, send)
+        headers = self._headers(rows, share, 0, send)
         most = max(header[0] for header in headers)
         if not most:
             return torch.empty_like(hidden)
         if most <= few:
-            return self._everywhere(local, hidden, ids, weights, share, most)
-        receive = [header[2 + here] for header in headers]
-        chosen = ids[tokens_of_rows]
-        chosen = chosen.where(owners[tokens_of_rows] == ranks_of_rows.unsqueeze(1), -1)
-        rows = pack_rows(hidden[tokens_of_rows], chosen, weights[tokens_of_rows])
+            return self._everywhere(local, rows, share, most)
         share.counts["all_to_all"] += 1
-        arrived = self._swap(rows, send, receive, share)
-        inputs = unpack_rows(arrived, hidden, ids, weights)
-        results = local(*inputs) if len(arrived) else hidden.new_empty(0, hidden.shape[1])
+        receive = [header[2 + self.ranks.rank] for header in headers]
+        out = rows.of(tokens)
+        theirs = out.ids.where(owners[tokens] == ranks.unsqueeze(1), -1)
+        arrived = rows.unpack(self._swap(out._replace(ids=theirs).pack(), send, receive, share))
+        results = local(*arrived) if sum(receive) else hidden.new_empty(0, hidden.shape[1])
         parts = self._swap(results, receive, send, share).split(send)
         total = hidden.new_zeros(hidden.shape, dtype=_wide(hidden.dtype))
-        for tokens, part in zip(tokens_of_rows.split(send), parts, strict=True):
-            total.index_add_(0, tokens, part.to(total.dtype))
+        for there, part in zip(tokens.split(send), parts, strict=True):
+            total.index_add_(0, there, part.to(total.dtype))
         return total.to(hidden.dtype)
 
-    def _everywhere(
-        self,
-        local: Local,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        share: Share,
-        most: int,
-    ) -> torch.Tensor:
+    def _everywhere(self, local: Local, rows: Rows, share: Share, most: int) -> torch.Tensor:
         """Send all tokens to all ranks, padded to as many as the fullest rank has."""
-        padded = (_padded(hidden, most), _padded(ids, most, -1), _padded(weights, most))
         share.counts["gather"] += 1
-        everyone = self._gather(pack_rows(*padded), share)
-        inputs = unpack_rows(everyone.flatten(0, 1), hidden, ids, weights)
-        owners = [share.ranks_for(one, r) for r, one in enumerate(inputs[1].split(most))]
-        mine = inputs[1].where(torch.cat(owners) == self.ranks.rank, -1)
-        part = local(inputs[0], mine, inputs[2])
-        even = [most] * self.ranks.size
-        parts = self._swap(part, even, even, share).split(even)
-        return _sum(parts, part.dtype)[: len(hidden)]
+        everyone = rows.unpack(self._gather(rows.up_to(most).pack(), share).flatten(0, 1))
+        owners = [share.ranks_for(ids, rank) for rank, ids in enumerate(everyone.ids.split(most))]
+        mine = everyone.ids.where(torch.cat(owners) == self.ranks.rank, -1)
+        part = local(everyone.hidden, mine, everyone.weights)
+        return _sum(self._back(part, share))[: len(rows.hidden)]
 
     def _headers(
-        self,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        share: Share,
-        routing: int,
-        send: Sequence[int] = (),
+        self, rows: Rows, share: Share, routing: int, send: Sequence[int] = ()
     ) -> list[list[int]]:
         """Give everybody's tokens, routing and rows for each rank; all must be at one place."""
-        place = (self.ranks.step, len(share.load), hidden.shape[1], ids.shape[1])
-        own = torch.tensor([*place, len(hidden), routing, *send], device=hidden.device)
+        tokens, width = rows.hidden.shape
+        place = (self.ranks.step, len(share.load), width, rows.ids.shape[1])
+        own = torch.tensor([*place, tokens, routing, *send], device=rows.hidden.device)
         found = cast(list[list[int]], self.ranks.gather(own, "headers").tolist())
         share.counts["headers"] += (self.ranks.size - 1) * own.nbytes
         for rank, other in enumerate(found):
@@ -209,6 +171,11 @@ class Exchange:
         share.counts["sent"] += abroad * rows.shape[1] * rows.itemsize
         return self.ranks.exchange(rows, send, receive, "tokens and results")
 
+    def _back(self, parts: torch.Tensor, share: Share) -> Sequence[torch.Tensor]:
+        """Give each rank its slice of everybody's parts, equal slices in the order of ranks."""
+        even = [len(parts) // self.ranks.size] * self.ranks.size
+        return self._swap(parts, even, even, share).split(even)
+
     def _gather(self, rows: torch.Tensor, share: Share) -> torch.Tensor:
         share.counts["sent"] += (self.ranks.size - 1) * rows.nbytes
         return self.ranks.gather(rows, "tokens or results")
@@ -233,18 +200,13 @@ def exchange_named(key: str) -> Exchange:
     return found
 
 
-def _sum(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Add up equal shapes in order, wide."""
-    total = torch.zeros_like(parts[0], dtype=_wide(dtype))
+    total = torch.zeros_like(parts[0], dtype=_wide(parts[0].dtype))
     for part in parts:
         total += part
-    return total.to(dtype)
+    return total.to(parts[0].dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _padded(rows: torch.Tensor, length: int, value: int = 0) -> torch.Tensor:
-    missing = rows.new_full((length - len(rows), *rows.shape[1:]), value)
-    return torch.cat([rows, missing])

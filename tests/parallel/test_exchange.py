@@ -7,12 +7,11 @@ import torch
 from moecc.runtime.parallel.exchange import Exchange, Tokens
 from moecc.runtime.parallel.placement import Placement, balanced, contiguous
 from moecc.runtime.parallel.ranks import Ranks, ranks_of
-from moecc.runtime.parallel.rows import pack_rows, unpack_rows
+from moecc.runtime.parallel.rows import Rows
 from moecc.runtime.parallel.share import Share
 from tests.parallel.ranks import on_ranks
 
 RANKS, HIDDEN, INNER, ACTIVE = 4, 6, 5, 2
-Tokens3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Block:
@@ -35,18 +34,18 @@ class Block:
         return out.to(hidden.dtype)
 
 
-def tokens_of(seed: int, count: int, experts: int, dtype: torch.dtype) -> Tokens3:
+def tokens_of(seed: int, count: int, experts: int, dtype: torch.dtype) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(count, experts, generator=generator) ** 4 * torch.arange(experts, 0, -1)
     weights, ids = scores.topk(ACTIVE)
-    return torch.randn(count, HIDDEN, generator=generator).to(dtype), ids, weights
+    return Rows(torch.randn(count, HIDDEN, generator=generator).to(dtype), ids, weights)
 
 
 def exchange_by(ranks: Ranks, tokens: Tokens, few: float) -> Exchange:
     return Exchange(ranks=ranks, tokens=tokens, few=lambda shape: few)
 
 
-def least_bytes(inputs: Tokens3, placement: Placement, here: int) -> tuple[int, list[int]]:
+def least_bytes(inputs: Rows, placement: Placement, here: int) -> tuple[int, list[int]]:
     """Count, choice by choice, what has to leave this rank, and the rows for each rank."""
     hidden, ids, weights = inputs
     needed = set[tuple[int, int]]()
@@ -69,7 +68,7 @@ def check_tokens_that_are_split(rank: int) -> None:
                 everyone = [tokens_of(r, count, experts, dtype) for r, count in enumerate(counts)]
                 shares = [Share(placement=placement, rank=rank, across="") for _ in range(2)]
                 got = [
-                    exchange_by(ranks, "split", few).run(block, *everyone[rank], share)
+                    exchange_by(ranks, "split", few).run(block, everyone[rank], share)
                     for few, share in zip((0, math.inf), shares, strict=True)
                 ]
                 assert torch.equal(*got), "the collective changes bits"
@@ -93,7 +92,7 @@ def check_tokens_that_all_have(rank: int) -> None:
             got: list[torch.Tensor] = []
             for few, way in ((0, "scatter"), (math.inf, "gather")):
                 share = Share(placement=placement, rank=rank, across="")
-                got.append(exchange_by(ranks, "replicated", few).run(block, *inputs, share))
+                got.append(exchange_by(ranks, "replicated", few).run(block, inputs, share))
                 assert share.counts[way] == int(count > 0)
                 assert share.load.sum() == count * ACTIVE
             assert torch.equal(*got), "the collective changes bits"
@@ -109,7 +108,7 @@ def check_everything_to_one_expert_and_ids_that_are_none(rank: int) -> None:
         torch.tensor([[3, 99]] * 5),
     ):
         share = Share(placement=contiguous(8, RANKS), rank=rank, across="")
-        got = exchange_by(ranks, "split", 0).run(block, hidden, ids, weights, share)
+        got = exchange_by(ranks, "split", 0).run(block, Rows(hidden, ids, weights), share)
         torch.testing.assert_close(got, block(hidden, ids, weights), atol=1e-6, rtol=1e-6)
 
 
@@ -125,9 +124,9 @@ def test_results_are_those_of_one_process_and_bytes_the_least_that_routing_needs
 
 def test_a_row_of_bytes_has_a_token_and_its_choices() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = tokens_of(0, 5, 8, dtype)
-        rows = pack_rows(*inputs)
-        assert rows.shape == (5, HIDDEN * dtype.itemsize + ACTIVE * 8)
-        for got, expected in zip(unpack_rows(rows, *inputs), inputs, strict=True):
+        rows = tokens_of(0, 5, 8, dtype)
+        packed = rows.pack()
+        assert packed.shape == (5, rows.size)
+        for got, expected in zip(rows.unpack(packed), rows, strict=True):
             assert torch.equal(got, expected)
-        assert [len(one) for one in unpack_rows(rows[:0], *inputs)] == [0, 0, 0]
+        assert [len(one) for one in rows.unpack(packed[:0])] == [0, 0, 0]

@@ -17,6 +17,7 @@ from moecc.runtime.errors import InputError, OptionError, ParallelError
 from moecc.runtime.parallel.exchange import Exchange
 from moecc.runtime.parallel.placement import contiguous
 from moecc.runtime.parallel.ranks import ranks_of
+from moecc.runtime.parallel.rows import Rows
 from moecc.runtime.parallel.share import Share
 from tests.models import BatchedMoe, tokens
 from tests.parallel.ranks import on_ranks
@@ -42,8 +43,8 @@ def call(ranks: Any, count: int) -> None:
     share = Share(placement=contiguous(4, ranks.size), rank=ranks.rank, across="")
     exchange = Exchange(ranks=ranks, tokens="replicated", few=lambda shape: 1e9)
     ids = torch.zeros(count, 2, dtype=torch.int64)
-    hidden = torch.zeros(count, 8)
-    exchange.run(lambda hidden, ids, weights: hidden, hidden, ids, ids.float(), share)
+    rows = Rows(torch.zeros(count, 8), ids, ids.float())
+    exchange.run(lambda hidden, ids, weights: hidden, rows, share)
 
 
 def check_unlike_ranks(rank: int) -> None:
