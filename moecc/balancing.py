@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -105,7 +106,8 @@ def balance(model: nn.Module, spare: int = 0) -> tuple[Moved, ...]:
 
 def _balance(path: str, module: nn.Module, share: Share, spare: int) -> Moved:
     ranks = exchange_named(share.across).ranks
-    load = ranks.gather(share.load.to(ranks.device), "loads").sum(dim=0).tolist()
+    loads = ranks.gather(share.load.to(ranks.device), "loads")
+    load = cast(list[float], loads.sum(dim=0).tolist())
     placement = balanced(load, ranks.size, spare)
     before, after = share.placement.imbalance(load), placement.imbalance(load)
     if after > before - WORTH:
@@ -115,14 +117,11 @@ def _balance(path: str, module: nn.Module, share: Share, spare: int) -> Moved:
         lender, read = _moved(module, share, placement)
     except MoeccError as error:
         failure = error
-    fine = (
-        ranks.gather(torch.tensor([failure is None], device=ranks.device), "experts read")
-        .flatten()
-        .tolist()
-    )
-    if not all(fine):
+    failed = torch.tensor([failure is not None], device=ranks.device)
+    where = ranks.gather(failed, "experts read").nonzero()
+    if len(where):
         raise InputError(
-            f"rank {fine.index(False)} cannot read the experts of {path!r} that move to it, so "
+            f"rank {int(where[0, 0])} cannot read the experts of {path!r} that move to it, so "
             f"they stay where they were{'' if failure is None else f': {failure}'}"
         ) from failure
     if lender is not None:

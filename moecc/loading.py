@@ -32,7 +32,6 @@ from moecc.passes.shard_experts import exchange_of
 from moecc.placement import place_experts
 from moecc.records import note
 from moecc.runtime.errors import ModelError, OptionError, StoreError
-from moecc.runtime.modules import parameters_of
 from moecc.runtime.offload.bank import Bank
 from moecc.runtime.offload.guesses import Guesses
 from moecc.runtime.offload.link import Link
@@ -113,7 +112,7 @@ def load(
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender, device)
         if (exchange := exchange_of(chosen)) is not None:
-            exchange.share(parameters_of(one.module)[one.names[0]], len(one.tensors[0]))
+            exchange.share(one.module.get_parameter(one.names[0]), len(one.tensors[0]))
     from moecc import backend, capture
 
     assert backend.moecc  # importing it installs the hooks

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ def _report(path: str, share: Share) -> ShareReport:
         across=share.across,
         held=tuple(share.placement.held_by(share.rank)),
         copies=sum(len(ranks) - 1 for ranks in share.placement.holders),
-        imbalance=share.placement.imbalance(share.load.tolist()),
+        imbalance=share.placement.imbalance(cast(list[float], share.load.tolist())),
         tokens=counts["tokens"],
         calls={name: counts[name] for name in ("all_to_all", "gather", "scatter") if counts[name]},
         sent_bytes=counts["sent"],

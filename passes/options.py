@@ -207,12 +207,11 @@ def _one_of(key: str, allowed: tuple[str, ...]) -> Any:
 
 
 def _expert_parallel(value: Any) -> Any:
-    import torch.distributed as dist
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
     number = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if value is None or number:
-        return value
-    if dist.is_available() and isinstance(value, (dist.ProcessGroup, dist.DeviceMesh)):
+    if value is None or number or isinstance(value, ProcessGroup | DeviceMesh):
         return value
     raise _bad("expert_parallel", value, "None, a number of ranks, a DeviceMesh or a ProcessGroup")
 

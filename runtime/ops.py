@@ -102,8 +102,8 @@ def run_experts(
     if not across:
         return _run_here(hidden, ids, weights, *matrices, kernel, shared, shared_scale)
 
-    def local(*tokens: torch.Tensor) -> torch.Tensor:
-        return _run_here(*tokens, *matrices, kernel, None, None)
+    def local(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return _run_here(hidden, ids, weights, *matrices, kernel, None, None)
 
     exchange = exchange_named(across)
     share = exchange.share(gate_up, len(gate_up))

@@ -18,6 +18,7 @@ from typing import Literal, cast
 
 import torch
 
+from moecc.runtime.bank import anchor
 from moecc.runtime.errors import InputError, ParallelError
 from moecc.runtime.parallel.placement import contiguous
 from moecc.runtime.parallel.ranks import Ranks
@@ -67,6 +68,7 @@ class Exchange:
             even = contiguous(experts, self.ranks.size)
             share = Share(placement=even, rank=self.ranks.rank, across=self.key)
             bind_share(weight, share)
+            bind_share(anchor(weight), share)
         return share
 
     def run(self, local: Local, rows: Rows, share: Share) -> torch.Tensor:
@@ -98,7 +100,7 @@ class Exchange:
         part = local(hidden, mine, weights)
         if len(hidden) <= few:
             share.counts["gather"] += 1
-            return _sum(self._gather(part, share))
+            return _sum(list(self._gather(part, share)))
         share.counts["scatter"] += 1
         each = -(-len(part) // self.ranks.size)
         missing = part.new_zeros(each * self.ranks.size - len(part), part.shape[1])
@@ -124,9 +126,9 @@ class Exchange:
         theirs = out.ids.where(owners[tokens] == ranks.unsqueeze(1), -1)
         arrived = rows.unpack(self._swap(out._replace(ids=theirs).pack(), send, receive, share))
         results = local(*arrived) if sum(receive) else hidden.new_empty(0, hidden.shape[1])
-        parts = self._swap(results, receive, send, share).split(send)
+        parts = torch.split(self._swap(results, receive, send, share), send)
         total = hidden.new_zeros(hidden.shape, dtype=_wide(hidden.dtype))
-        for there, part in zip(tokens.split(send), parts, strict=True):
+        for there, part in zip(torch.split(tokens, send), parts, strict=True):
             total.index_add_(0, there, part.to(total.dtype))
         return total.to(hidden.dtype)
 
@@ -134,7 +136,9 @@ class Exchange:
         """Send all tokens to all ranks, padded to as many as the fullest rank has."""
         share.counts["gather"] += 1
         everyone = rows.unpack(self._gather(rows.up_to(most).pack(), share).flatten(0, 1))
-        owners = [share.ranks_for(ids, rank) for rank, ids in enumerate(everyone.ids.split(most))]
+        owners = [
+            share.ranks_for(ids, rank) for rank, ids in enumerate(torch.split(everyone.ids, most))
+        ]
         mine = everyone.ids.where(torch.cat(owners) == self.ranks.rank, -1)
         part = local(everyone.hidden, mine, everyone.weights)
         return _sum(self._back(part, share))[: len(rows.hidden)]
@@ -174,7 +178,7 @@ class Exchange:
     def _back(self, parts: torch.Tensor, share: Share) -> Sequence[torch.Tensor]:
         """Give each rank its slice of everybody's parts, equal slices in the order of ranks."""
         even = [len(parts) // self.ranks.size] * self.ranks.size
-        return self._swap(parts, even, even, share).split(even)
+        return torch.split(self._swap(parts, even, even, share), even)
 
     def _gather(self, rows: torch.Tensor, share: Share) -> torch.Tensor:
         share.counts["sent"] += (self.ranks.size - 1) * rows.nbytes

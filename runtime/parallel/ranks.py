@@ -96,7 +96,7 @@ class Ranks:
     def _blame(self) -> str:
         """Say which ranks left no mark, after waking those that wait for this one."""
         try:
-            store: Any = dist.distributed_c10d._get_default_store()
+            store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
             marks = [f"moecc/{self.group.group_name}/{rank}" for rank in range(self.size)]
             store.set(marks[self.rank], str(self.step))
             cast(Any, self.group).abort()
@@ -144,7 +144,7 @@ def _group_of(wanted: Any, world: dist.ProcessGroup) -> dist.ProcessGroup:
             raise OptionError(
                 f"expert_parallel={wanted} does not divide the {world.size()} ranks of this run"
             )
-        return world if wanted == world.size() else dist.new_subgroups(wanted)[0]
+        return world if wanted == world.size() else cast(Any, dist.new_subgroups(wanted)[0])
     if wanted.ndim != 1:
         names = wanted.mesh_dim_names or "its dimensions"
         raise OptionError(

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
             part.new_full((missing, part.shape[1]), value)
             for part, value in zip(self, values, strict=True)
         )
-        return Rows(*map(torch.cat, zip(self, added, strict=True)))
+        return Rows(*(torch.cat(pair) for pair in zip(self, added, strict=True)))
 
     def pack(self) -> torch.Tensor:
         """Give them as uint8 [n, size]."""
@@ -48,6 +48,6 @@ class Rows(NamedTuple):
         """See what others packed, uint8 [m, size], whose rows are like these."""
         kinds = (self.hidden.dtype, torch.int32, self.weights.dtype)
         sizes = [part.shape[1] * kind.itemsize for part, kind in zip(self, kinds, strict=True)]
-        parts = zip(packed.split(sizes, dim=1), kinds, strict=True)
+        parts = zip(torch.split(packed, sizes, dim=1), kinds, strict=True)
         hidden, ids, weights = (part.contiguous().view(kind) for part, kind in parts)
         return Rows(hidden, ids.to(self.ids.dtype), weights)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._inductor import config as inductor
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["transformers.integrations.moe", "moecc.backend", "moecc.tiny"])
-PATIENCE = 90.0
+PATIENCE = 150.0
 """Seconds until a check counts as hanging."""
 
 
@@ -63,6 +64,7 @@ def _work(
     answers: Any, rank: int, size: int, folder: str, timeout: float, check: Any, arguments: Any
 ) -> None:
     torch.set_num_threads(1)
+    inductor.compile_threads = 1  # its pool of workers costs more than what they would compile
     wait = timedelta(seconds=timeout)
     method = f"file://{Path(folder) / 'ranks'}"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=wait)

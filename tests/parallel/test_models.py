@@ -20,38 +20,47 @@ IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
 
 def compiled(model: Any, tokens: str, inner: str = "eager") -> Any:
     assert backend.moecc
-    torch._dynamo.reset()
     options = {"inner": inner, "strict": True, "expert_parallel": 2, "tokens": tokens}
-    return torch.compile(model, backend="moecc", fullgraph=True, options=options)
+    return torch.compile(model, backend="moecc", fullgraph=True, dynamic=True, options=options)
 
 
 def check_families(rank: int) -> None:
-    for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
+    """One graph for all token counts; mixtral outside Dynamo."""
+    roads = (("qwen3_moe", "replicated"), ("deepseek_v3", "split"), ("mixtral", "split"))
+    for family, own in roads:
         model, plain = (tiny_model(family, torch.float32) for _ in range(2))
         model.load_state_dict(plain.state_dict())
-        for own in ("replicated", "split"):
-            shared = compiled(model, own)
-            for ids in (IDS, IDS[:, :4]):
-                mine = ids if own == "replicated" else ids[: 1 + rank]
-                got, expected = shared(mine).logits, plain(mine).logits
-                assert relative_error(got, expected) < 1e-5
-                assert torch.equal(got.argmax(-1), expected.argmax(-1))
+        shared = compiled(model, own)
+        for ids in (IDS, IDS[:, :4].contiguous()):
+            mine = ids if own == "replicated" else ids[: 2 + rank]
+            got, expected = (
+                (model if family == "mixtral" else shared)(mine).logits,
+                plain(mine).logits,
+            )
+            assert relative_error(got, expected) < 1e-5
+            assert torch.equal(got.argmax(-1), expected.argmax(-1))
         report = moecc.report(model)
-        assert all(share.tokens for share in report.parallel)
-        assert len(report.parallel) == len(report.graphs[0].blocks) > 0
-        assert "split over 2 ranks" in str(report)
-    length = {"max_new_tokens": 5, "do_sample": False}
-    mine = IDS[: 1 + rank]
+        assert len(report.graphs) == int(family != "mixtral")
+        assert [share.tokens for share in report.parallel] == [len(mine) * 11] * len(
+            report.parallel
+        )
+        assert f"{own} over 2 ranks" in str(report)
+    length: Any = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(mine, **length), plain.generate(mine, **length))
 
 
 def check_written_by_hand(rank: int) -> None:
-    for model, inner in ((BatchedMoe(torch.float32), "inductor"), (WhereLoop(), "eager")):
-        for own in ("replicated", "split"):
-            torch.manual_seed(rank if own == "split" else 7)
-            x = tokens(4, torch.float32)
-            expected = model(x)
-            assert relative_error(compiled(model, own, inner)(x), expected) < 1e-5
+    ways = (
+        (BatchedMoe(torch.float32), "inductor", "replicated"),
+        (WhereLoop().eval(), "eager", "split"),
+    )
+    for model, inner, own in ways:
+        torch.manual_seed(rank if own == "split" else 7)
+        x = tokens(4, torch.float32)
+        expected = model(x)
+        assert relative_error(compiled(model, own, inner)(x), expected) < 1e-5
+        (share,) = moecc.report(model).parallel
+        assert share.tokens == 4
 
 
 def check_loading(rank: int, folder: Path) -> None:
