@@ -1,7 +1,7 @@
 """Share the shipped model's experts among gloo processes: speed, bytes, and how even their load is.
 
     python -m benchmarks.parallel
-    python -m benchmarks.parallel --ranks 2 --no-balance
+    python -m benchmarks.parallel --ranks 2 --only ranks
 
 Each process has one thread. `prefill` splits 8 texts of 64 tokens among ranks, `decode` runs one
 token in all of them. Bytes are what all ranks sent for tokens and results in one prefill, a layer;
@@ -27,8 +27,9 @@ from benchmarks.routing import REFERENCE, observe
 from benchmarks.timing import machine, table
 from moecc.parallel import report_shares
 from moecc.runtime.parallel.placement import Placement, balanced, contiguous
+from moecc.runtime.parallel.rows import Rows
 
-TEXTS, LENGTH, TOKENS = 8, 64, 4096
+TEXTS, LENGTH, TOKENS, DTYPE = 8, 64, 4096, torch.float32
 
 
 def main() -> None:
@@ -36,18 +37,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", default="1,2,4", help="numbers of processes")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timing")
-    parser.add_argument("--no-balance", action="store_true", help="only run ranks")
+    parser.add_argument("--only", choices=("ranks", "balance"), help="one of the two tables")
     arguments = parser.parse_args()
-    print(machine())
+    if arguments.only != "balance":
+        print(f"{machine()}\n{table(runs(arguments.ranks, arguments.seconds))}\n")
+    if arguments.only != "ranks":
+        print(table(imbalances()))
+
+
+def runs(ranks: str, seconds: float) -> list[list[str]]:
+    """Start the processes of each row, one after another."""
     rows = [["ranks", "prefill tokens/s", "decode ms", "calls", "KB a layer", "least", "headers"]]
-    for size in map(int, arguments.ranks.split(",")):
+    for size in map(int, ranks.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            given = (size, folder, arguments.seconds)
-            torch.multiprocessing.spawn(_work, given, nprocs=size)
+            torch.multiprocessing.spawn(_work, (size, folder, seconds), nprocs=size)
             rows.append((Path(folder) / "row").read_text().split("|"))
-    print(table(rows))
-    if not arguments.no_balance:
-        print("\n" + table(imbalances()))
+    return rows
 
 
 def _work(rank: int, size: int, folder: str, seconds: float) -> None:
@@ -57,16 +62,16 @@ def _work(rank: int, size: int, folder: str, seconds: float) -> None:
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=wait)
     texts = torch.randint(3, 500, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        split = moecc.load(REFERENCE, expert_parallel=size, tokens="split")
+        split = moecc.load(REFERENCE, dtype=DTYPE, expert_parallel=size, tokens="split")
         mine = texts.chunk(size)[rank]
         sent, least, headers, calls = count_bytes(split, mine, size)
         prefill = timed(lambda: split(mine), seconds)
-        same = moecc.load(REFERENCE, expert_parallel=size)
+        same = moecc.load(REFERENCE, dtype=DTYPE, expert_parallel=size)
         cache = same(texts[:1], use_cache=True).past_key_values
 
         def step() -> None:
             same(texts[:1, -1:], past_key_values=cache, use_cache=True)
-            cache.crop(LENGTH)
+            cache.crop(-1)
 
         decode = timed(step, seconds)
     if rank == 0:
@@ -94,9 +99,9 @@ def timed(call: Callable[[], object], seconds: float) -> float:
 
 def count_bytes(model: Any, mine: torch.Tensor, size: int) -> tuple[float, float, float, str]:
     """Run once; give bytes a layer as the exchange counted them, the least, headers, and calls."""
-    seen: list[torch.Tensor] = []
+    seen: list[Rows] = []
     hooks = [
-        layer.mlp.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+        layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: seen.append(Rows(*inputs)))
         for layer in model.model.layers
     ]
     before = report_shares(model)
@@ -104,14 +109,16 @@ def count_bytes(model: Any, mine: torch.Tensor, size: int) -> tuple[float, float
     after = report_shares(model)
     for hook in hooks:
         hook.remove()
-    config = model.config
-    row = config.hidden_size * 4 + config.num_experts_per_tok * (4 + 4)
-    pairs = sum(_pairs(ids, contiguous(config.num_experts, size)) for ids in seen)
+    placement = contiguous(model.config.num_experts, size)
+    hidden, ids, weights = seen[0]
+    back = hidden.shape[1] * hidden.itemsize
+    row = back + ids.shape[1] * (4 + weights.itemsize)
+    least = sum(_pairs(rows.ids, placement) for rows in seen) * (row + back)
     sent, headers = (
         sum(getattr(one, name) for one in after) - sum(getattr(one, name) for one in before)
         for name in ("sent_bytes", "header_bytes")
     )
-    sums = torch.tensor([sent, pairs * (row + config.hidden_size * 4), headers], dtype=torch.double)
+    sums = torch.tensor([sent, least, headers], dtype=torch.double)
     dist.all_reduce(sums)
     sent, least, headers = (sums / len(seen)).tolist()
     return sent, least, headers, ", ".join(after[0].calls) if after else "none"

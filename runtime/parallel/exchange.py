@@ -26,6 +26,8 @@ from moecc.runtime.parallel.rows import Rows
 from moecc.runtime.parallel.share import Share, bind_share, share_of
 
 Tokens = Literal["replicated", "split"]
+INLINE = 1 << 13
+"""Bytes of results that go with a header: they take less than another message's latency."""
 Local = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The block's kernel on hidden [T, H], ids [T, K] and weights [T, K]; other ids give nothing."""
 
@@ -93,19 +95,36 @@ class Exchange:
         """Compute what this rank holds for all tokens, and add up what all ranks did."""
         hidden, ids, weights = rows
         order = torch.arange(1, ids.numel() + 1, device=ids.device)
-        self._headers(rows, share, int(((ids.reshape(-1) + 1) * order).sum()))
-        if not len(hidden):
-            return torch.empty_like(hidden)
+        header = self._header(rows, share, int(((ids.reshape(-1) + 1) * order).sum()))
         mine = ids.where(share.ranks_for(ids) == self.ranks.rank, -1)
-        part = local(hidden, mine, weights)
-        if len(hidden) <= few:
-            share.counts["gather"] += 1
-            return _sum(list(self._gather(part, share)))
+        part = local(hidden, mine, weights) if len(hidden) else hidden
+        parts = self._first(part, header, share)
+        if part.nbytes <= INLINE or len(hidden) <= few:
+            share.counts["gather"] += int(len(hidden) > 0)
+            return _sum(list(parts if part.nbytes <= INLINE else self._gather(part, share)))
         share.counts["scatter"] += 1
         each = -(-len(part) // self.ranks.size)
         missing = part.new_zeros(each * self.ranks.size - len(part), part.shape[1])
         own = _sum(self._back(torch.cat([part, missing]), share))
         return self._gather(own, share).flatten(0, 1)[: len(part)]
+
+    def _first(self, part: torch.Tensor, header: torch.Tensor, share: Share) -> torch.Tensor:
+        """Send headers, and parts that fit beside them, which come back as [ranks, T, H].
+
+        The message has one length, whatever the tokens: gloo ends a process that gets another one.
+        """
+        fits = part.numel() if part.nbytes <= INLINE else 0
+        sent = header.new_zeros(header.numel() + INLINE // header.itemsize)
+        sent[: header.numel()] = header
+        room = sent[header.numel() :].view(part.dtype)
+        room[:fits] = part.reshape(-1)[:fits]
+        found = self.ranks.gather(sent, "headers")
+        inside = fits * part.itemsize
+        share.counts["sent"] += (self.ranks.size - 1) * inside
+        share.counts["headers"] += (self.ranks.size - 1) * (sent.nbytes - inside)
+        self._check(header, found[:, : header.numel()])
+        parts = found[:, header.numel() :].contiguous().view(part.dtype)[:, :fits]
+        return parts.view(self.ranks.size, -1, part.shape[1])
 
     def _split(self, local: Local, rows: Rows, share: Share, few: float) -> torch.Tensor:
         """Send each token to the ranks that hold its experts, and add up what comes back."""
@@ -114,7 +133,9 @@ class Exchange:
         wanted = torch.stack([(owners == rank).any(dim=1) for rank in range(self.ranks.size)])
         ranks, tokens = wanted.nonzero(as_tuple=True)
         send = cast(list[int], wanted.sum(dim=1).tolist())
-        headers = self._headers(rows, share, 0, send)
+        own = self._header(rows, share, 0, send)
+        headers = self._check(own, self.ranks.gather(own, "headers"))
+        share.counts["headers"] += (self.ranks.size - 1) * own.nbytes
         most = max(header[0] for header in headers)
         if not most:
             return torch.empty_like(hidden)
@@ -143,22 +164,24 @@ class Exchange:
         part = local(everyone.hidden, mine, everyone.weights)
         return _sum(self._back(part, share))[: len(rows.hidden)]
 
-    def _headers(
+    def _header(
         self, rows: Rows, share: Share, routing: int, send: Sequence[int] = ()
-    ) -> list[list[int]]:
-        """Give everybody's tokens, routing and rows for each rank; all must be at one place."""
+    ) -> torch.Tensor:
+        """Say where this rank is, its tokens, their routing, and rows for each rank: int64."""
         tokens, width = rows.hidden.shape
         place = (self.ranks.step, len(share.load), width, rows.ids.shape[1])
-        own = torch.tensor([*place, tokens, routing, *send], device=rows.hidden.device)
-        found = cast(list[list[int]], self.ranks.gather(own, "headers").tolist())
-        share.counts["headers"] += (self.ranks.size - 1) * own.nbytes
+        return torch.tensor([*place, tokens, routing, *send], device=rows.hidden.device)
+
+    def _check(self, own: torch.Tensor, everyone: torch.Tensor) -> list[list[int]]:
+        """Give everybody's tokens, routing and rows for each rank; all must be at one place."""
+        place = cast(list[int], own[:4].tolist())
+        found = cast(list[list[int]], everyone.tolist())
         for rank, other in enumerate(found):
-            if tuple(other[:4]) != place:
-                step, *sizes = other[:4]
+            if other[:4] != place:
                 raise ParallelError(
                     f"rank {self.ranks.rank} is at exchange {place[0]}, experts, hidden size and "
-                    f"active {list(place[1:])}, and rank {rank} at exchange {step}, {sizes}; run "
-                    "the same model the same number of times in all ranks"
+                    f"active {place[1:]}, and rank {rank} at exchange {other[0]}, {other[1:4]}; "
+                    "run the same model the same number of times in all ranks"
                 )
             if self.tokens == "replicated" and other[4:] != found[0][4:]:
                 raise InputError(

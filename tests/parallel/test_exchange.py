@@ -87,13 +87,16 @@ def check_tokens_that_all_have(rank: int) -> None:
     ranks, block = ranks_of(RANKS), Block(7, torch.float32)
     copies = balanced([2**expert for expert in range(7)][::-1], RANKS, spare=1)
     for placement in (contiguous(7, RANKS), copies):
-        for count in (0, 1, 6, 8):
+        for count in (0, 1, 6, 401):
             inputs = tokens_of(3, count, 7, torch.float32)
             got: list[torch.Tensor] = []
-            for few, way in ((0, "scatter"), (math.inf, "gather")):
+            for few, way in ((0, "scatter" if count > 400 else "gather"), (math.inf, "gather")):
                 share = Share(placement=placement, rank=rank, across="")
                 got.append(exchange_by(ranks, "replicated", few).run(block, inputs, share))
                 assert share.counts[way] == int(count > 0)
+                part, each = inputs.hidden.nbytes, -(-count // RANKS) * HIDDEN * 4
+                least = (RANKS - 1) * (part if way == "gather" else 2 * each)
+                assert share.counts["sent"] == least
                 assert share.load.sum() == count * ACTIVE
             assert torch.equal(*got), "the collective changes bits"
             torch.testing.assert_close(got[0], block(*inputs), atol=1e-6, rtol=1e-6)

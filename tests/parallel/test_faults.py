@@ -16,7 +16,7 @@ from moecc.passes.options import Options
 from moecc.runtime.errors import InputError, OptionError, ParallelError
 from moecc.runtime.parallel.exchange import Exchange
 from moecc.runtime.parallel.placement import contiguous
-from moecc.runtime.parallel.ranks import ranks_of
+from moecc.runtime.parallel.ranks import Ranks, ranks_of
 from moecc.runtime.parallel.rows import Rows
 from moecc.runtime.parallel.share import Share
 from tests.models import BatchedMoe, tokens
@@ -39,10 +39,10 @@ def refusal(model: torch.nn.Module, **options: Any) -> str:
     return str(raised.value)
 
 
-def call(ranks: Any, count: int) -> None:
+def call(ranks: Ranks, count: int, expert: int = 0) -> None:
     share = Share(placement=contiguous(4, ranks.size), rank=ranks.rank, across="")
     exchange = Exchange(ranks=ranks, tokens="replicated", few=lambda shape: 1e9)
-    ids = torch.zeros(count, 2, dtype=torch.int64)
+    ids = torch.full((count, 2), expert)
     rows = Rows(torch.zeros(count, 8), ids, ids.float())
     exchange.run(lambda hidden, ids, weights: hidden, rows, share)
 
@@ -65,7 +65,9 @@ def check_unlike_ranks(rank: int) -> None:
 def check_lost_ranks(rank: int) -> None:
     ranks = ranks_of(2)
     with pytest.raises(InputError, match="run the same tokens; say"):
-        call(ranks, 3 + rank)
+        call(ranks, 3, expert=rank)
+    with pytest.raises(InputError, match="routes 2000 tokens otherwise"):
+        call(ranks, (3, 2000)[rank])
     if rank == 0:
         ranks.step += 1
     with pytest.raises(ParallelError, match=r"and rank . at exchange"):
