@@ -6,8 +6,9 @@
 Each process has one thread. `prefill` splits 8 texts of 64 tokens among ranks, `decode` runs one
 token in all of them. Bytes are what all ranks sent for tokens and results in one prefill, a layer;
 `least` is counted apart, from the routing: every token once to each other rank that computes for
-it, with its choices, and one row back. Imbalance is the busiest rank's load over the mean on the
-second half of the validation text; experts were placed by the first half.
+it, with its choices, and one row back. Imbalance is the busiest rank's load over the mean of tokens
+that the placement was not made by: every other window of the validation texts (the same kinds of
+text), or their second half (other kinds).
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import moecc
-from benchmarks.routing import REFERENCE, observe
+from benchmarks.routing import REFERENCE, WINDOW, observe
 from benchmarks.timing import machine, table
 from moecc.parallel import report_shares
 from moecc.runtime.parallel.placement import Placement, balanced, contiguous
@@ -133,23 +134,29 @@ def _pairs(ids: torch.Tensor, placement: Placement) -> int:
 
 
 def imbalances() -> list[list[str]]:
-    """Place the shipped model's experts by half of a text, and judge by the other half."""
+    """Place the shipped model's experts by half of the tokens, and judge by the other half."""
     _, chosen, _ = observe(TOKENS)
     experts = 1 + max(int(one.max()) for one in chosen)
-    loads = [[_load(half, experts) for half in one.chunk(2)] for one in chosen]
-    rows = [["imbalance, mean and worst of blocks", "2 ranks", "4 ranks", "8 ranks"]]
+    windows = [one.view(-1, WINDOW, one.shape[1]) for one in chosen]
+    splits = {
+        "same kinds": [(one[::2], one[1::2]) for one in windows],
+        "other kinds": [tuple(one.chunk(2)) for one in windows],
+    }
     ways: dict[str, Callable[[Sequence[float], int], Placement]] = {
         "contiguous": lambda load, ranks: contiguous(experts, ranks),
         "balanced": balanced,
-        "balanced, 1 spare a rank": lambda load, ranks: balanced(load, ranks, 1),
-        "balanced, 2 spare a rank": lambda load, ranks: balanced(load, ranks, 2),
+        "1 spare a rank": lambda load, ranks: balanced(load, ranks, 1),
+        "2 spare a rank": lambda load, ranks: balanced(load, ranks, 2),
     }
-    for name, place in ways.items():
-        cells = [name]
-        for ranks in (2, 4, 8):
-            found = [place(first, ranks).imbalance(second) for first, second in loads]
-            cells.append(f"{statistics.mean(found):.2f} {max(found):.2f}")
-        rows.append(cells)
+    rows = [["imbalance, mean and worst of blocks", "2 ranks", "4 ranks", "8 ranks"]]
+    for kind, halves in splits.items():
+        loads = [[_load(half, experts) for half in pair] for pair in halves]
+        for name, place in ways.items():
+            cells = [f"{kind}: {name}"]
+            for ranks in (2, 4, 8):
+                found = [place(first, ranks).imbalance(second) for first, second in loads]
+                cells.append(f"{statistics.mean(found):.2f} {max(found):.2f}")
+            rows.append(cells)
     return rows
 
 

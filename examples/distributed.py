@@ -15,7 +15,7 @@ path, prompt = sys.argv[1:] or ("benchmarks/reference", "In the beginning")
 dist.init_process_group("gloo")
 
 # All ranks run the same tokens, so that each prints the same text; rank 0 does.
-model = moecc.load(path, expert_parallel=dist.get_world_size())
+model = moecc.load(path, dtype=torch.float32, expert_parallel=dist.get_world_size())
 tokenizer = AutoTokenizer.from_pretrained(path)
 inputs = tokenizer(prompt, return_tensors="pt")
 with torch.no_grad():

@@ -57,6 +57,11 @@ def balanced(load: Sequence[float], ranks: int, spare: int = 0) -> Placement:
 
     A copy of an expert is never beside another. Equal loads give equal placements in all ranks.
     """
+    tried = [_balanced(load, ranks, copies) for copies in range(spare + 1)]
+    return min(tried, key=lambda one: one.imbalance(load))  # the fewest copies of the best
+
+
+def _balanced(load: Sequence[float], ranks: int, spare: int) -> Placement:
     experts = len(load)
     room = [len(contiguous(experts, ranks).held_by(rank)) + spare for rank in range(ranks)]
     copies = _copies(load, ranks, spare * ranks)

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import moecc
 from moecc import backend
@@ -94,9 +96,14 @@ def check_loading(rank: int, folder: Path) -> None:
     assert counts.read_bytes <= whole // 2
 
 
-def check_a_model_that_transformers_sharded() -> None:
-    model = tiny_model("qwen3_moe", torch.float32)
-    model._device_mesh = "what DistributedConfig(tp_size=2) leaves"
+def check_a_model_that_transformers_sharded(folder: Path) -> None:
+    """Transformers' own expert parallelism is left alone; its local experts are found."""
+    sharded = {"distributed_config": DistributedConfig(tp_size=2, ep_size=2)}
+    model = AutoModelForCausalLM.from_pretrained(folder, **sharded).eval()
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+    shared = torch.compile(model, backend="moecc", options={"inner": "eager"})
+    assert relative_error(shared(IDS).logits, expected) < 1e-5
+    assert [block["experts"] for block in moecc.report(model).graphs[0].blocks] == [4, 4]
     with pytest.raises(OptionError, match="sharded already"):
         compiled(model, "replicated")
 
@@ -106,7 +113,7 @@ def check_models(rank: int, folder: Path) -> None:
     check_families(rank)
     check_written_by_hand(rank)
     check_loading(rank, folder)
-    check_a_model_that_transformers_sharded()
+    check_a_model_that_transformers_sharded(folder)
 
 
 def test_two_ranks_compute_what_one_process_does_and_read_half_of_the_experts(
