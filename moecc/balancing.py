@@ -12,12 +12,11 @@ from moecc.checkpoint.pack import Progress
 from moecc.checkpoint.recipes import Recipe, make_record
 from moecc.checkpoint.without_experts import Absent
 from moecc.parallel import shares_of
-from moecc.passes.shard_experts import refuse_more_ranks
 from moecc.runtime.errors import InputError, MoeccError
 from moecc.runtime.modules import parameters_of
 from moecc.runtime.offload.resident import Resident
 from moecc.runtime.offload.stand_in import bind, lender_of
-from moecc.runtime.parallel.exchange import Exchange, exchange_named
+from moecc.runtime.parallel.exchange import Exchange, exchange_named, refuse_more_ranks
 from moecc.runtime.parallel.placement import Placement, balanced, contiguous
 from moecc.runtime.parallel.share import Share
 
@@ -120,9 +119,10 @@ def _balance(path: str, module: nn.Module, share: Share, spare: int) -> Moved:
     failed = torch.tensor([failure is not None], device=ranks.device)
     where = ranks.gather(failed, "experts read").nonzero()
     if len(where):
+        reason = "" if failure is None else f": {failure}"
         raise InputError(
             f"rank {int(where[0, 0])} cannot read the experts of {path!r} that move to it, so "
-            f"they stay where they were{'' if failure is None else f': {failure}'}"
+            f"they stay where they were{reason}"
         ) from failure
     if lender is not None:
         for parameter in parameters_of(module).values():

@@ -16,8 +16,12 @@ from functools import cache, partial
 from moecc.codegen.collective_cost import few_tokens
 from moecc.passes.ir import Outcome, Program
 from moecc.passes.options import Options
-from moecc.runtime.errors import OptionError
-from moecc.runtime.parallel.exchange import Exchange, Tokens, install_exchange
+from moecc.runtime.parallel.exchange import (
+    Exchange,
+    Tokens,
+    install_exchange,
+    refuse_more_ranks,
+)
 from moecc.runtime.parallel.ranks import Ranks, ranks_of
 from moecc.runtime.parallel.wire import measure
 
@@ -63,12 +67,3 @@ def _exchange(ranks: Ranks, tokens: Tokens) -> Exchange:
     exchange = Exchange(ranks=ranks, tokens=tokens, few=few)
     install_exchange(exchange)
     return exchange
-
-
-def refuse_more_ranks(ranks: Ranks, experts: int, path: str) -> None:
-    """Raise `OptionError` where some rank would have nothing to do."""
-    if experts < ranks.size:
-        raise OptionError(
-            f"{path!r} has {experts} experts, fewer than the {ranks.size} ranks to share them, and "
-            f"moecc does not slice an expert; ask for expert_parallel={experts} at most"
-        )

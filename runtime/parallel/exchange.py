@@ -19,7 +19,7 @@ from typing import Literal, cast
 import torch
 
 from moecc.runtime.bank import anchor
-from moecc.runtime.errors import InputError, ParallelError
+from moecc.runtime.errors import InputError, OptionError, ParallelError
 from moecc.runtime.parallel.placement import contiguous
 from moecc.runtime.parallel.ranks import Ranks
 from moecc.runtime.parallel.rows import Rows
@@ -67,6 +67,7 @@ class Exchange:
         """
         share = share_of(weight)
         if share is None or share.placement.ranks != self.ranks.size:
+            refuse_more_ranks(self.ranks, experts, "a block")
             even = contiguous(experts, self.ranks.size)
             share = Share(placement=even, rank=self.ranks.rank, across=self.key)
             bind_share(weight, share)
@@ -206,6 +207,15 @@ class Exchange:
     def _gather(self, rows: torch.Tensor, share: Share) -> torch.Tensor:
         share.counts["sent"] += (self.ranks.size - 1) * rows.nbytes
         return self.ranks.gather(rows, "tokens or results")
+
+
+def refuse_more_ranks(ranks: Ranks, experts: int, path: str) -> None:
+    """Raise `OptionError` where some rank would have nothing to do."""
+    if experts < ranks.size:
+        raise OptionError(
+            f"{path} has {experts} experts, fewer than the {ranks.size} ranks to share them, and "
+            f"moecc does not slice an expert; ask for expert_parallel={experts} at most"
+        )
 
 
 _exchanges: dict[str, Exchange] = {}

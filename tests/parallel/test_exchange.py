@@ -115,7 +115,15 @@ def check_everything_to_one_expert_and_ids_that_are_none(rank: int) -> None:
         torch.testing.assert_close(got, block(hidden, ids, weights), atol=1e-6, rtol=1e-6)
 
 
+def check_pairs(rank: int) -> None:
+    pair = ranks_of(2)
+    assert (pair.size, pair.rank) == (2, rank % 2)
+    together = pair.gather(torch.tensor([rank]), "ranks").flatten().tolist()
+    assert together == [rank - rank % 2, rank - rank % 2 + 1]
+
+
 def check_all(rank: int) -> None:
+    check_pairs(rank)
     check_tokens_that_are_split(rank)
     check_tokens_that_all_have(rank)
     check_everything_to_one_expert_and_ids_that_are_none(rank)

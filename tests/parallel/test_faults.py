@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.device_mesh import init_device_mesh
 
 import moecc
 from moecc import backend, parallel
@@ -62,7 +63,18 @@ def check_unlike_ranks(rank: int) -> None:
     assert "has 1 experts, fewer than the 2 ranks" in said
 
 
+def check_ways_to_name_ranks(rank: int) -> None:
+    flat, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    assert (ranks_of(flat).size, ranks_of(flat).rank) == (2, rank)
+    assert ranks_of(1).size == 1
+    with pytest.raises(OptionError, match="a mesh of 2 dimensions"):
+        ranks_of(square)
+    with pytest.raises(OptionError, match="does not divide the 2 ranks"):
+        ranks_of(3)
+
+
 def check_lost_ranks(rank: int) -> None:
+    check_ways_to_name_ranks(rank)
     ranks = ranks_of(2)
     with pytest.raises(InputError, match="run the same tokens; say"):
         call(ranks, 3, expert=rank)
