@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from moecc import capture, dump, log
 from moecc.lenders import check_schemes
+from moecc.parallel import agree
 from moecc.passes.ir import Program
 from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, run
@@ -45,6 +46,7 @@ def moecc(
     Raises `OptionError` for bad options, `StrictError` when `strict` forbids a fallback.
     """
     chosen = Options.parse(options)
+    agree(chosen)
     tensors: list[torch.Tensor] = [
         value for value in example_inputs if isinstance(value, torch.Tensor)
     ]

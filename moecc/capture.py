@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moecc import budgets, module_experts, one_hots, transformers_experts
+from moecc import budgets, module_experts, one_hots, parallel, transformers_experts
 from moecc.lenders import check_settled
 from moecc.passes.ir import Miss
 from moecc.passes.options import Options
@@ -53,6 +53,7 @@ def adopt(model: torch.nn.Module, options: Options) -> None:
     options = budgets.resolve(model, options)
     transformers_experts.install(traced_by_us, note)  # transformers may be younger than `install`
     transformers_experts.adopt(model, options)
+    parallel.share_out(model, options)
     one_hots.adopt(model, traced_by_us)
     module_experts.adopt(model, options, traced_by_us, note)
 

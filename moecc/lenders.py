@@ -94,7 +94,7 @@ def bound_to(model: nn.Module, wrap: Callable[[Bank], Lender]) -> Generator[None
             bind(parameter, bank)
 
 
-_SETTLED = ("expert_memory", "policy", "trace", "misses")
+_SETTLED = ("expert_memory", "policy", "trace", "misses", "expert_parallel", "tokens")
 """Options that are decided when experts are lent."""
 _lent_with: "weakref.WeakKeyDictionary[nn.Module, Options]" = weakref.WeakKeyDictionary()
 
@@ -180,7 +180,7 @@ def _block(path: str, lender: Lender) -> dict[str, Any]:
     numbers: dict[str, Any] = dict.fromkeys(("asked", "misses", *asdict(Counts())), 0)
     del numbers["experts"]
     numbers |= dict.fromkeys(("recall", "wide_recall", "whole"))
-    place = {"home": "memory", "experts": experts, "slots": experts, "slot_bytes": size}
+    place = {"home": "memory", "experts": experts, "slots": len(lender.held), "slot_bytes": size}
     return plain | place | numbers
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moecc.balancing import read_shares
 from moecc.calibrate import calibrate as measure
 from moecc.calibrate import check_calibrates
 from moecc.checkpoint.calibration import Calibration
@@ -26,7 +27,9 @@ from moecc.codegen.native.build import cache_folder
 from moecc.lenders import settle
 from moecc.links import new_link
 from moecc.on_device import bring_to_device
+from moecc.parallel import agree
 from moecc.passes.options import Options
+from moecc.passes.shard_experts import exchange_of
 from moecc.placement import place_experts
 from moecc.records import note
 from moecc.runtime.errors import ModelError, OptionError, StoreError
@@ -72,6 +75,8 @@ def load(
     errors then weigh as much as inputs are large. With `compensate`, codes of int4, int3 and int2
     also make up for each other's errors: better, slower, and it takes E (H² + I²) floats a block.
 
+    With `expert_parallel`, each rank reads its own share of every block's experts, and no more.
+
     On a CUDA `device` with `expert_memory`, experts are in pinned host memory, and come into slots
     there; with `quantize` alone, they are all there.
 
@@ -86,6 +91,7 @@ def load(
     when there is no such model, `StoreError` when its files are damaged.
     """
     chosen = Options.parse(options)
+    agree(chosen)
     folder = find_folder(str(name))
     weights = find_weights(folder)  # names what is damaged, before transformers stumbles over it
     if is_packed(folder):
@@ -105,6 +111,8 @@ def load(
     lenders = bring_to_device(model, absent, lenders, at, chosen, _policy(chosen))
     for one, lender in zip(absent, lenders, strict=True):
         put_in(one.module, list(one.names), list(one.tensors), lender, device)
+        if (exchange := exchange_of(chosen)) is not None:
+            exchange.share(one.module.get_parameter(one.names[0]), len(one.tensors[0]))
     from moecc import backend, capture
 
     assert backend.moecc  # importing it installs the hooks
@@ -162,7 +170,9 @@ def _load_checkpoint(
     calibration: Calibration | None,
 ) -> _Loaded:
     """Load a checkpoint as it came."""
-    whole = options.expert_memory is None and options.quantize is None and not weights.coded
+    exchange = exchange_of(options)
+    kept = options.expert_memory is None and options.quantize is None and not weights.coded
+    whole = kept and exchange is None
     model, absent = load_model(folder, dtype, weights=weights, with_experts=whole)
     if whole:
         return model, (), ()
@@ -173,6 +183,8 @@ def _load_checkpoint(
         recipes = find_recipes(model, absent, weights, options, calibration=calibration)
         if calibration is not None:
             note(model, str(calibration))
+        if exchange is not None:
+            return model, absent, read_shares(absent, recipes, exchange, progress)
         return model, absent, _packed_in_memory(recipes, progress)
     if options.quantize is None:
         recipes = find_recipes(model, absent, weights, options)
@@ -201,7 +213,7 @@ def _packed_in_memory(recipes: Sequence[Recipe], progress: Progress | None) -> l
             if progress is not None:
                 progress(done, total)
         tensors = recipe.layout.tensors(records)
-        lenders.append(Resident(schemes=recipe.schemes, tensors=tensors))
+        lenders.append(Resident.of(tensors, range(len(records)), len(records), recipe.schemes))
     return lenders
 
 

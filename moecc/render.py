@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moecc.lenders import ExpertsReport
+from moecc.parallel import ShareReport
 from moecc.reporting import GraphReport, Report
 from moecc.terminal import WIDTH
 
@@ -39,6 +40,8 @@ def print_report(report: Report, console: Console) -> None:
         _print_list(eager.reasons, console)
     if report.experts:
         print_experts(report.experts, console)
+    if report.parallel:
+        print_shares(report.parallel, console)
     for one in report.speculation:
         print_speculation(one, console)
 
@@ -71,6 +74,20 @@ def print_experts(experts: ExpertsReport, console: Console) -> None:
         times = (f"{experts.guesses[side] * 1e3:.1f} ms {side}" for side in ("with", "without"))
         acted = "acted on" if experts.guesses["on"] else "not acted on"
         console.print(f"a decoding step takes {', '.join(times)} predictions; they are {acted} now")
+
+
+def print_shares(shares: Sequence[ShareReport], console: Console) -> None:
+    """Print what this rank computes of each block, how even that is, and what it sent."""
+    table = Table("experts shared, of", "calls", box=None, pad_edge=False)
+    for name in ("here", "copies", "busiest", "tokens", "MB sent", "MB headers"):
+        table.add_column(name, justify="right")
+    for one in shares:
+        calls = ", ".join(f"{count} {name}" for name, count in one.calls.items())
+        sizes = (f"{size / 1e6:.2f}" for size in (one.sent_bytes, one.header_bytes))
+        counts = (len(one.held), one.copies, f"{one.imbalance:.2f}x", one.tokens, *sizes)
+        table.add_row(one.path, calls, *map(str, counts))
+    console.print(table)
+    console.print(f"shared {shares[0].across}; busiest is the fullest rank's load over the mean")
 
 
 def print_speculation(speculation: dict[str, Any], console: Console) -> None:

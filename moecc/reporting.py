@@ -8,6 +8,7 @@ from torch import nn
 
 from moecc import __version__, transformers_experts
 from moecc.lenders import ExpertsReport, report_experts
+from moecc.parallel import ShareReport, report_shares
 from moecc.passes.pipeline import Step
 from moecc.plain import plain
 from moecc.records import Record, all_records, notes_about
@@ -68,6 +69,8 @@ class Report:
     that drafted with a block's own weights), cycles, drafted, accepted, tokens, draft_seconds,
     verify_seconds, chances (of the i-th drafted token where those before it stayed), k, depths (k,
     tokens, draft, verify, seconds, rate: what each would give)"""
+    parallel: tuple[ShareReport, ...]
+    """Blocks whose experts are shared among ranks, as this one sees them."""
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +103,7 @@ def report(model: nn.Module) -> Report:
         eager=eager,
         experts=lent,
         speculation=tuple(one.to_dict() for one in speculations(model)),
+        parallel=report_shares(model),
         notes=(*notes_about(model), *_kept_precise(model, own, lent), *_notes(own, eager)),
     )
 

@@ -12,6 +12,7 @@ from moecc.runtime.schemes.scheme import SCHEMES, Scheme, Schemes
 
 POLICIES = ("auto", "lru", "lfu", "lookahead")
 MISSES = ("wait", "home")
+TOKENS = ("replicated", "split")
 EMITTERS = ("auto", "triton", "native", "torch")
 _PROJECTIONS = {
     "gate_proj": ("gate_proj", "gate_up_proj"),
@@ -45,6 +46,10 @@ class Options:
     """Attention of a few query tokens runs on our kernel, on CPUs."""
     outline: bool | Literal["auto"] = "auto"
     """Layers that repeat are compiled once; auto is where that saves a third of the compilation."""
+    expert_parallel: Any = None
+    """Ranks that share each block's experts: how many, a DeviceMesh or a ProcessGroup."""
+    tokens: Literal["replicated", "split"] = "replicated"
+    """Whether these ranks all run the same tokens, or each its own."""
     inner: str = "inductor"
     strict: bool = False
 
@@ -201,6 +206,16 @@ def _one_of(key: str, allowed: tuple[str, ...]) -> Any:
     return check
 
 
+def _expert_parallel(value: Any) -> Any:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is None or number or isinstance(value, ProcessGroup | DeviceMesh):
+        return value
+    raise _bad("expert_parallel", value, "None, a number of ranks, a DeviceMesh or a ProcessGroup")
+
+
 def _inner(value: Any) -> str:
     import torch
 
@@ -230,6 +245,8 @@ _CHECKS: dict[str, Any] = {
     "dense_linears": _dense_linears,
     "attention": _flag("attention"),
     "outline": _outline,
+    "expert_parallel": _expert_parallel,
+    "tokens": _one_of("tokens", TOKENS),
     "inner": _inner,
     "strict": _flag("strict"),
 }

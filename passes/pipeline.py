@@ -22,6 +22,7 @@ from moecc.passes.outline_layers import outline_layers
 from moecc.passes.pattern import mutates
 from moecc.passes.quantize_experts import quantize_experts
 from moecc.passes.schedule_offload import schedule_offload
+from moecc.passes.shard_experts import shard_experts
 from moecc.passes.text import graph_text
 from moecc.runtime.errors import MoeccError, PassError, StrictError
 
@@ -30,6 +31,7 @@ Pass = Callable[[Program, Options], Outcome]
 PIPELINE: tuple[Pass, ...] = (
     detect_moe,
     fuse_experts,
+    shard_experts,  # before what depends on where experts are
     quantize_experts,  # after fuse: a scheme is chosen for a block's whole weights
     schedule_offload,  # after quantize: the budget counts real bytes
     insert_prefetch,  # after schedule: which experts live elsewhere is known

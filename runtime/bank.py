@@ -72,6 +72,13 @@ class Bank:
             start += parameter.shape[0]
             self._places.append((parameters_of(owner), name, view, view.data_ptr()))
 
+    def first_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give the parameter that lies first in one of the tensors."""
+        for parameters, name, _, address in self._places:
+            if address == tensor.data_ptr() and (found := parameters[name]) is not None:
+                return found
+        return tensor
+
     def refresh(self) -> int:
         """Copy back every parameter that has moved; return how many had.
 
@@ -105,6 +112,12 @@ def refresh(weight: torch.Tensor) -> None:
     bank = getattr(weight, _ATTRIBUTE, None)
     if bank is not None:
         bank.refresh()
+
+
+def anchor(weight: torch.Tensor) -> torch.Tensor:
+    """Give the model's parameter at the beginning of a bank's tensor; any other weight itself."""
+    bank: Bank | None = getattr(weight, _ATTRIBUTE, None)
+    return weight if bank is None else bank.first_of(weight)
 
 
 _moving = threading.Lock()

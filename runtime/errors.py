@@ -9,6 +9,7 @@
     ├── BuildError         a compiler refused emitted code
     ├── InputError         a kernel was called with tensors that do not fit its spec (a ValueError)
     ├── StoreError         experts cannot be read from disk, or are not what was written
+    ├── ParallelError      a rank that shares experts died, hangs or lost the others; names it
     ├── ModelError         MODEL on the command line cannot be loaded
     └── MissingExtra       an optional package is needed; says what to install (an ImportError)
 
@@ -51,6 +52,10 @@ class InputError(MoeccError, ValueError):
 
 class StoreError(MoeccError):
     """Experts cannot be read from where they are kept, or are not what was written there."""
+
+
+class ParallelError(MoeccError):
+    """Ranks that share experts cannot go on together; the message names who and where."""
 
 
 class ModelError(MoeccError):

@@ -22,7 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moecc.runtime import bank
 from moecc.runtime.errors import InputError
-from moecc.runtime.offload.stand_in import lender_of
+from moecc.runtime.offload.stand_in import Lender, lender_of
+from moecc.runtime.parallel.exchange import exchange_named
+from moecc.runtime.parallel.rows import Rows
+from moecc.runtime.parallel.share import bind_share, share_of
 from moecc.runtime.schemes.scheme import Schemes
 from moecc.runtime.shared import add_shared
 from moecc.runtime.twins import is_foreseen, twin_of
@@ -85,12 +88,43 @@ def run_experts(
     after: Sequence[torch.Tensor] | None = None,
     shared: torch.Tensor | None = None,
     shared_scale: torch.Tensor | None = None,
+    across: str = "",
 ) -> torch.Tensor:
     """Run a block's experts with the kernel of this key; shapes are those of `ExpertsFn`.
 
     `after` are predictions that have to be made before, and nothing else. What is `shared` is added
-    (`runtime.shared`), by the kernel where one call computes all experts.
+    (`runtime.shared`), by the kernel where one call computes all experts. `across` is the exchange
+    with the ranks that share them (`runtime.parallel`).
     """
+    matrices = (gate_up, down, gate_up_bias, down_bias, up, learned)
+    share = share_of(gate_up)
+    across = (share.across if share is not None else "") or across
+    if not across:
+        return _run_here(hidden, ids, weights, *matrices, kernel, shared, shared_scale)
+
+    def local(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return _run_here(hidden, ids, weights, *matrices, kernel, None, None)
+
+    exchange = exchange_named(across)
+    share = exchange.share(gate_up, len(gate_up))
+    return add_shared(exchange.run(local, Rows(hidden, ids, weights), share), shared, shared_scale)
+
+
+def _run_here(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    up: torch.Tensor | None,
+    learned: torch.Tensor | None,
+    kernel: str,
+    shared: torch.Tensor | None,
+    shared_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run a block's experts in this process."""
     found = _kernels.get(kernel)
     if found is None:
         raise InputError(
@@ -130,6 +164,7 @@ def _experts_apart(
     learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
+    across: str = "",
 ) -> torch.Tensor:
     refuse_meta(gate_up[0])
     if lender_of(gate_up[0]) is None:
@@ -137,21 +172,28 @@ def _experts_apart(
         third = None if up is None else bank.together(up)
     else:  # the lender has them all
         first, second, third = gate_up[0], down[0], None
-    vectors = (gate_up_bias, down_bias)
-    return run_experts(hidden, ids, weights, first, second, *vectors, third, learned, kernel)
+    if across:  # `first` is another tensor in each call
+        bind_share(first, exchange_named(across).share(gate_up[0], len(gate_up)))
+    matrices = (first, second, gate_up_bias, down_bias, third, learned)
+    return run_experts(hidden, ids, weights, *matrices, kernel, across=across)
+
+
+def _guessing(weight: torch.Tensor) -> Lender | None:
+    """Give whom predictions help: nobody while drafts do better, or where others may compute."""
+    return None if is_foreseen() or share_of(weight) is not None else lender_of(weight)
 
 
 def _prefetch(
     scores: torch.Tensor, weight: torch.Tensor, active: int, distance: int
 ) -> torch.Tensor:
-    lender = None if is_foreseen() else lender_of(weight)
+    lender = _guessing(weight)
     if lender is not None:
         lender.foretell(scores.reshape(-1, scores.shape[-1]), active, distance)
     return scores.new_empty(0)
 
 
 def _recall(tokens: torch.Tensor, weight: torch.Tensor, active: int) -> torch.Tensor:
-    lender = None if is_foreseen() else lender_of(weight)
+    lender = _guessing(weight)
     if lender is not None:
         lender.recall(tokens.reshape(-1), active)
     return weight.new_empty(0)
@@ -208,6 +250,7 @@ def _fake_experts(
     after: Sequence[torch.Tensor] | None = None,
     shared: torch.Tensor | None = None,
     shared_scale: torch.Tensor | None = None,
+    across: str = "",
 ) -> torch.Tensor:
     refuse_meta(gate_up)
     return hidden.new_empty(hidden.shape)
@@ -225,6 +268,7 @@ def _fake_experts_apart(
     learned: torch.Tensor | None,
     kernel: str,
     after: Sequence[torch.Tensor] | None = None,
+    across: str = "",
 ) -> torch.Tensor:
     refuse_meta(gate_up[0])
     return hidden.new_empty(hidden.shape)
@@ -280,14 +324,15 @@ def define(schema: str, run: Callable[..., object], fake: Callable[..., object])
 define(
     "experts(Tensor hidden, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor? up, Tensor? learned, str kernel, "
-    "Tensor[]? after=None, Tensor? shared=None, Tensor? shared_scale=None) -> Tensor",
+    "Tensor[]? after=None, Tensor? shared=None, Tensor? shared_scale=None, "
+    "str across='') -> Tensor",
     run_experts,
     _fake_experts,
 )
 define(
     "experts.apart(Tensor hidden, Tensor ids, Tensor weights, Tensor[] gate_up, Tensor[] down, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor[]? up, Tensor? learned, str kernel, "
-    "Tensor[]? after=None) -> Tensor",
+    "Tensor[]? after=None, str across='') -> Tensor",
     _experts_apart,
     _fake_experts_apart,
 )

@@ -197,7 +197,9 @@ def _copied(plan: _Plan) -> Twin:
     _, records = new_records(plan.spec.experts, plan.layout)
     for number, (spec, matrices) in enumerate(_experts(plan)):
         records[number] = lay_out(matrices, plan.layout, spec, plan.schemes)
-    copy = Resident(schemes=plan.schemes, tensors=plan.layout.tensors(records))
+    copy = Resident.of(
+        plan.layout.tensors(records), range(len(records)), len(records), plan.schemes
+    )
     return Twin(copy=copy, bank=plan.bank, slots=plan.slots, bytes=plan.bytes)
 
 

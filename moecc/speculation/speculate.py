@@ -10,6 +10,7 @@ from torch import nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from moecc.lenders import banks_of
+from moecc.parallel import shares_of
 from moecc.runtime.depth import MOST
 from moecc.runtime.errors import InputError, OptionError
 from moecc.runtime.schemes.scheme import SCHEMES
@@ -98,6 +99,8 @@ def _refuse(model: Any, ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) 
         raise InputError(
             "speculation keeps no attentions or hidden states; leave these outputs out"
         )
+    if any(shares_of(model)):
+        raise InputError("speculation makes drafts on one rank; leave expert_parallel out")
     if not kwargs.get("use_cache", True):
         raise InputError("speculation needs use_cache=True")
 

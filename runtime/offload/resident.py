@@ -1,6 +1,7 @@
-"""Lend a block's experts that are all in memory, packed in a scheme."""
+"""Lend a block's experts that are in memory: all, packed in a scheme, or one rank's share."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,18 +15,25 @@ class Resident:
 
     schemes: Schemes | None
     tensors: dict[str, torch.Tensor]
-    """By the names of a record, [E, ...]."""
-    slots: torch.Tensor = field(init=False)
+    """By the names of a record, [held, ...]."""
+    held: Sequence[int]
+    """The experts there, ascending."""
+    slots: torch.Tensor
+    """int64 [E]: where each of the block's experts lies; -1 for one that another rank has."""
 
-    def __post_init__(self) -> None:
-        first = self.tensors["gate_up"]
-        slots = torch.arange(len(first), dtype=torch.int64, device=first.device)
-        object.__setattr__(self, "slots", slots)
+    @staticmethod
+    def of(
+        tensors: dict[str, torch.Tensor], held: Sequence[int], experts: int, schemes: Schemes | None
+    ) -> "Resident":
+        """Lend some of a block's experts, or all."""
+        slots = torch.full((experts,), -1, device=tensors["gate_up"].device)
+        slots[list(held)] = torch.arange(len(held), device=slots.device)
+        return Resident(schemes=schemes, tensors=tensors, held=held, slots=slots)
 
     def to(self, device: torch.device) -> "Resident":
         """Give the same experts on a device."""
         tensors = {name: one.to(device) for name, one in self.tensors.items()}
-        return replace(self, tensors=tensors)
+        return Resident.of(tensors, self.held, len(self.slots), self.schemes)
 
     def run(
         self,
@@ -36,8 +44,9 @@ class Resident:
         *biases: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute the block, as `Bank.run` does."""
-        onto = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         tensors = self.tensors
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        onto = hidden.new_zeros(hidden.shape, dtype=wide)
         experts = (tensors["gate_up"], tensors["down"], *biases, tensors.get("up"))
         add(onto, self.slots, hidden, ids, weights, *experts)
         return onto.to(hidden.dtype)

@@ -1,0 +1,1 @@
+"""Experts spread over the ranks of a torch.distributed group."""
