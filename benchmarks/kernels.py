@@ -26,6 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks import dispatch, ggml, roofline
 from benchmarks.layer import DTYPES, SHAPES, make_layer, peers
+from benchmarks.swiglu import swiglu_spec
 from benchmarks.timing import (
     PRODUCT,
     alternate,
@@ -35,9 +36,7 @@ from benchmarks.timing import (
     plain_read,
     table,
 )
-from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.native.emit import emit
-from moecc.codegen.spec import KernelSpec
 from moecc.runtime.schemes.packing import pack_experts
 from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
@@ -211,21 +210,8 @@ def our_kernel(kind: str, shape: dict[str, int], weights: tuple[torch.Tensor, ..
     """Give moecc's kernel with its own copy of the weights."""
     scheme = SCHEMES.get(kind)
     dtype = torch.float32 if scheme else DTYPES[kind]
-    spec = KernelSpec(
-        hidden=shape["hidden"],
-        intermediate=shape["intermediate"],
-        experts=shape["experts"],
-        dtype=dtype,
-        activation=apply("mul", apply("silu", GATE), UP),
-        gated=True,
-        interleaved=False,
-        transposed=False,
-        down_transposed=False,
-        bias=False,
-        split=True,
-        schemes=Schemes(first=scheme, second=scheme) if scheme else None,
-        device="cpu",
-    )
+    schemes = Schemes(first=scheme, second=scheme) if scheme else None
+    spec = swiglu_spec(shape, dtype, split=True, schemes=schemes)
     if scheme is None:
         gate, up, down = (one.to(dtype).contiguous() for one in weights)
     else:

@@ -13,6 +13,7 @@ from moecc.measuring import (
     plain_read,
     product_rate,
     read_bandwidth,
+    take_turns,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "product_rate",
     "read_bandwidth",
     "table",
+    "take_turns",
 ]
 
 _NARROWED = {

@@ -1,0 +1,218 @@
+"""Put a whole model behind one call: prompts in, greedy tokens and the seconds that they took out.
+
+Each contender runs in a process of its own (`Guest`), so that none compiles, adopts or allocates
+for another, and its peak of memory is its own. Processes stay, and are asked in turn.
+"""
+
+import multiprocessing
+import resource
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import llama_cpp
+
+Prompts = Sequence[Sequence[int]]
+"""Of one length, [B, L]."""
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One call."""
+
+    prefill: float
+    """Seconds of the prompts and the first new token of each."""
+    step: float
+    """Seconds of each token after that, for all sequences together."""
+    tokens: tuple[tuple[int, ...], ...]
+    peak_memory: int = 0
+    """Bytes that the process has had resident at most, so far."""
+
+
+Run = Callable[[Prompts, int], Generation]
+"""Go on after prompts with so many tokens; raises `Unable` saying why not."""
+
+
+class Unable(Exception):
+    """A contender cannot run this at all."""
+
+
+def transformers(implementation: str, backend: str | None, folder: Path, context: int) -> Run:
+    """Run transformers' forward, compiled if a backend is named, on a static cache."""
+    from transformers import AutoModelForCausalLM, StaticCache
+
+    warnings.filterwarnings("ignore", module="torch._dynamo")
+    torch._dynamo.config.recompile_limit = 64  # for prefill and decode at each batch
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation=implementation
+    ).eval()
+    call = torch.compile(model.forward, backend=backend) if backend else model.forward
+    caches: dict[int, Any] = {}
+
+    @torch.inference_mode()
+    def run(prompts: Prompts, steps: int) -> Generation:
+        if len(prompts) not in caches:
+            cache = StaticCache(config=model.config, max_cache_len=context)
+            heads = model.config.num_key_value_heads, model.config.head_dim
+            cache.early_initialization(len(prompts), *heads, dtype=model.dtype, device=model.device)
+            caches[len(prompts)] = cache
+        cache = caches[len(prompts)]
+        cache.reset()
+        times, given = [time.perf_counter()], [torch.tensor(prompts)]
+        for _ in range(steps):
+            logits = call(input_ids=given[-1], past_key_values=cache, logits_to_keep=1).logits
+            given.append(logits[:, -1].argmax(-1, keepdim=True))
+            times.append(time.perf_counter())
+        return Generation(
+            prefill=times[1] - times[0],
+            step=(times[-1] - times[1]) / (steps - 1),
+            tokens=_tuples(torch.cat(given[1:], dim=1)),
+        )
+
+    return run
+
+
+def llama(folder: Path, context: int) -> Run:
+    """Run llama.cpp's server on a file with the same float32 weights, one sequence."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "model.gguf"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        llama_cpp.write(model, file, "F32", "F32")
+        del model
+        decoder = llama_cpp.Decoder(file, torch.get_num_threads(), context + 8)
+
+    def run(prompts: Prompts, steps: int) -> Generation:
+        if len(prompts) > 1:
+            raise Unable("xllamacpp's server is driven with one sequence here")
+        made = decoder.run(prompts[0], steps)
+        return Generation(prefill=made.prefill, step=made.token, tokens=(made.tokens,))
+
+    return run
+
+
+def vllm(folder: Path, context: int) -> Run:
+    """Run vLLM's engine, with CUDA graphs and without its prefix cache."""
+    from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]
+
+    engine: Any = LLM(
+        model=str(folder), dtype="float32", max_model_len=context, enable_prefix_caching=False
+    )
+
+    def generate(prompts: Prompts, steps: int) -> list[list[int]]:
+        how = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
+        given = [TokensPrompt(prompt_token_ids=list(one)) for one in prompts]
+        made = engine.generate(given, how, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in made]
+
+    return partial(_twice, generate)
+
+
+def moe_infinity(folder: Path, context: int) -> Run:
+    """Run MoE-Infinity with three quarters of the GPU's memory for experts."""
+    from moe_infinity import MoE  # type: ignore[import-not-found]
+
+    del context
+    store = tempfile.mkdtemp()  # it writes its own copy of the experts, and reads it until the end
+    model: Any = MoE(str(folder), {"offload_path": store, "device_memory_ratio": 0.75})
+
+    def generate(prompts: Prompts, steps: int) -> list[list[int]]:
+        ids = torch.tensor(prompts, device="cuda")
+        made = model.generate(
+            ids, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0
+        )
+        return made[:, ids.shape[1] :].tolist()
+
+    return partial(_twice, generate)
+
+
+def _twice(
+    generate: Callable[[Prompts, int], list[list[int]]], prompts: Prompts, steps: int
+) -> Generation:
+    """Tell prefill from decode where an engine says only how long both took."""
+    start = time.perf_counter()
+    generate(prompts, 1)
+    first = time.perf_counter()
+    tokens = generate(prompts, steps)
+    prefill, whole = first - start, time.perf_counter() - first
+    step = (whole - prefill) / (steps - 1)
+    return Generation(prefill=prefill, step=step, tokens=tuple(map(tuple, tokens)))
+
+
+def _tuples(ids: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(one) for one in row) for row in ids)
+
+
+def _forms(backend: str | None, ending: str) -> dict[str, Callable[[Path, int], Run]]:
+    return {
+        f"transformers {name}{ending}": partial(transformers, name, backend)
+        for name in IMPLEMENTATIONS
+    }
+
+
+MAKERS: Mapping[str, Callable[[Path, int], Run]] = {
+    "moecc": partial(transformers, "eager", "moecc"),
+    **_forms(None, ""),
+    **_forms("inductor", " + inductor"),
+    "llama.cpp": llama,
+    "vLLM": vllm,
+    "MoE-Infinity": moe_infinity,
+}
+"""From a checkpoint's folder and the most tokens of a sequence."""
+
+
+class Guest:
+    """A contender in a fresh process, with as many threads as this one."""
+
+    def __init__(self, name: str, folder: Path, context: int) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawning.Pipe()
+        arguments = (name, folder, context, torch.get_num_threads(), theirs)
+        self._process = spawning.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, prompts: Prompts, steps: int) -> Generation:
+        """Generate there; raises `Unable` with the reason that it gives, or that it died."""
+        self._connection.send((prompts, steps))
+        try:
+            answer: Generation | str = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise Unable(f"its process ended with {self._process.exitcode}") from None
+        if isinstance(answer, str):
+            raise Unable(answer)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(5)
+        self._process.kill()
+
+
+def _serve(name: str, folder: Path, context: int, threads: int, connection: Connection) -> None:
+    torch.set_num_threads(threads)
+    run = MAKERS[name](folder, context)
+    while True:
+        try:
+            prompts, steps = connection.recv()
+        except EOFError:  # the one who asks has gone
+            return
+        try:
+            made = run(prompts, steps)
+        except Unable as error:
+            connection.send(str(error))
+            continue
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        connection.send(replace(made, peak_memory=peak))
