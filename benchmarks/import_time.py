@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, stamp, table
 
 LINES = {
     "torch": "import torch",
@@ -26,7 +26,7 @@ PROGRAM = "import time; start = time.perf_counter(); {}; print(time.perf_counter
 
 def main() -> None:
     """Run the benchmark as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
     ]
     print(table(lines))
     if arguments.json:
-        record = {"machine": machine(), "results": rows}
+        record = {**stamp(), "results": rows}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

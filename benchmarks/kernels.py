@@ -34,6 +34,7 @@ from benchmarks.timing import (
     narrow_to,
     plain_product,
     plain_read,
+    stamp,
     table,
 )
 from moecc.codegen.native.emit import emit
@@ -103,7 +104,7 @@ def main() -> None:
     if not ggml.installed():
         print("llama.cpp is not here: pip install moecc[llama]")
     rows: list[Row] = []
-    record: dict[str, object] = {"machine": machine(), "shape": arguments.shape}
+    record: dict[str, object] = {**stamp(), "shape": arguments.shape}
     record["dispatch_microseconds"] = call.cost
     for kind in arguments.kind.split(","):
         rows += measure(kind, arguments)

@@ -26,7 +26,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks import onnx_layer
 from benchmarks.swiglu import swiglu_spec
-from benchmarks.timing import machine, narrow_to, product_rate, read_bandwidth, table, take_turns
+from benchmarks.timing import (
+    machine,
+    narrow_to,
+    product_rate,
+    read_bandwidth,
+    stamp,
+    table,
+    take_turns,
+)
 from moecc.codegen.native.emit import emit
 
 SHAPES = {
@@ -88,7 +96,7 @@ def main() -> None:
             results += measure(layer, dtype, tokens, arguments, bandwidth, rate)
         del layer
     if arguments.json:
-        record = {"machine": machine(), "shape": arguments.shape, "bandwidth": bandwidth}
+        record = {**stamp(), "shape": arguments.shape, "bandwidth": bandwidth}
         record |= {"product_rate": rate, "results": [asdict(result) for result in results]}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     if any(result.wrong and result.contender.startswith("moecc") for result in results):

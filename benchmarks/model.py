@@ -16,13 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from benchmarks.harness import contenders
 from benchmarks.model_contenders import MAKERS, Generation, Guest, Prompts, Unable
 from benchmarks.perplexity import find_texts
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, stamp, table
 
 REFERENCE = Path(__file__).parent / "reference"
 JUDGE = "transformers eager"
@@ -52,7 +53,7 @@ class Row:
 
 def main() -> int:
     """Run the benchmark as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=REFERENCE, help="a checkpoint's folder")
     parser.add_argument("--batch", default="1,4", help="sequences")
     parser.add_argument("--length", default="32,256", help="tokens of each prompt")
@@ -84,14 +85,14 @@ def main() -> int:
         for guest in guests.values():
             guest.close()
     if arguments.json:
-        record = {"machine": machine(), "results": [asdict(row) for row in rows]}
+        record = {**stamp(), "results": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(row.wrong and row.contender == "moecc" for row in rows))
 
 
 def prompts_of(model: Path, batch: int, length: int) -> Prompts:
     """Take so many stretches of the model's validation text, each from another place."""
-    tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=1 << 30)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, model_max_length=1 << 30)
     text = "".join(file.read_text(encoding="utf-8")[:20000] for file in find_texts(str(model)))
     ids: list[int] = tokenizer(text).input_ids
     apart = (len(ids) - length) // batch
@@ -141,7 +142,8 @@ def summed_up(name: str, batch: int, length: int, made: Sequence[Generation], ri
         contender=name,
         batch=batch,
         length=length,
-        **{field: statistics.median(values) for field, values in rates.items()},
+        prefill_rate=statistics.median(rates["prefill_rate"]),
+        decode_rate=statistics.median(rates["decode_rate"]),
         spread={field: (min(values), max(values)) for field, values in rates.items()},
         peak_memory=max(one.peak_memory for one in made),
     )

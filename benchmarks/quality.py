@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.perplexity import ROWS, WINDOW, find_texts
 from benchmarks.rounding import Contender, contenders, missing, scheme_bits
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, stamp, table
 from moecc.budgets import reach_of
 from moecc.calibrate import calibrate
 from moecc.checkpoint.calibration import Calibration
@@ -273,7 +273,7 @@ def _bytes(flat: torch.Tensor, scheme: Scheme) -> int:
 
 def _write(rows: list[Measured], results: Path | None, picture: Path | None) -> None:
     if results:
-        found = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        found = {**stamp(), "rows": [asdict(row) for row in rows]}
         results.write_text(json.dumps(found, indent=1) + "\n")
     if picture:
         plot(rows, picture)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.timing import machine, table
+from benchmarks.timing import stamp, table
 from moecc.tiny import tiny_model
 
 SHAPES = [(1, 7), (1, 16), (1, 33), (1, 100), (3, 5), (3, 40), (1, 1), (3, 1)]
@@ -26,7 +26,7 @@ SHAPES = [(1, 7), (1, 16), (1, 33), (1, 100), (3, 5), (3, 40), (1, 1), (3, 1)]
 
 def main() -> int:
     """Run the benchmark as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--family", default="qwen3_moe,mixtral,gpt_oss,deepseek_v3")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> int:
         lines.append([plain["family"], str(plain["graphs"]), str(ours["graphs"])])
     print(table(lines))
     if arguments.json:
-        record = {"machine": machine(), "results": rows}
+        record = {**stamp(), "results": rows}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(row.get("wrong") for row in rows))
 
@@ -53,8 +53,8 @@ def graphs(family: str, backend: str) -> int:
     counters.clear()
     model: Any = tiny_model(family, use_cache=False)
     model.config._experts_implementation = "grouped_mm"
-    options = {"options": {"inner": "eager"}} if backend == "moecc" else {}
-    call = torch.compile(model, backend=backend, **options)
+    options: Any = {"inner": "eager"} if backend == "moecc" else None
+    call = torch.compile(model, backend=backend, options=options)
     with torch.no_grad():
         for shape in SHAPES:
             call(torch.randint(3, 60, shape))

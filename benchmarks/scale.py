@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 
-from benchmarks.timing import machine, table, take_turns
+from benchmarks.timing import machine, stamp, table, take_turns
 from moecc.tiny import tiny_model
 
 BASE = {"tokens": 128, "experts": 16, "layers": 2, "batch": 1}
@@ -71,7 +71,7 @@ class Row:
 
 def main() -> int:
     """Run the benchmark as the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--axis", default=",".join(AXES), help=f"of {[*AXES]}")
     parser.add_argument("--most", type=int, default=1 << 20, help="the largest size of an axis")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender and size")
@@ -86,7 +86,7 @@ def main() -> int:
         sizes = [size for size in AXES[axis] if size <= arguments.most]
         rows += measure(axis, sizes, arguments.seconds, arguments.inner)
     if arguments.json:
-        record = {"machine": machine(), "base": BASE, "results": [asdict(row) for row in rows]}
+        record = {**stamp(), "base": BASE, "results": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(row.wrong and row.contender == "moecc" for row in rows))
 
@@ -127,7 +127,11 @@ def measure(axis: str, sizes: Sequence[int], seconds: float, inner: str) -> Iter
 
 def make(sizes: dict[str, int], axis: str, inner: str) -> dict[str, Callable[[int], Any]]:
     """Name the ways to run a model of these sizes, eager first; weights are shared."""
-    config = {"num_hidden_layers": sizes["layers"], "num_experts": sizes["experts"], **SIZES}
+    config: dict[str, Any] = {
+        "num_hidden_layers": sizes["layers"],
+        "num_experts": sizes["experts"],
+        **SIZES,
+    }
     model: Any = tiny_model("qwen3_moe", **config)
     shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
     twin: Any = deepcopy(model, shared)  # moecc adopts the modules that it compiles
@@ -140,7 +144,7 @@ def make(sizes: dict[str, int], axis: str, inner: str) -> dict[str, Callable[[in
         return call(ids).logits
 
     forms = {f"transformers {name}": partial(run, model, name) for name in ("eager", "grouped_mm")}
-    return forms | {"moecc": lambda _: ours(ids).logits}
+    return {**forms, "moecc": partial(run, ours, "eager")}
 
 
 def fit(sizes: Sequence[float], costs: Sequence[float]) -> Fit:

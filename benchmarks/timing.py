@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from benchmarks.harness.machine import commit, now
 from moecc.measuring import (
     PRODUCT,
     alternate,
@@ -25,6 +26,7 @@ __all__ = [
     "plain_read",
     "product_rate",
     "read_bandwidth",
+    "stamp",
     "table",
     "take_turns",
 ]
@@ -47,6 +49,11 @@ def narrow_to(isa: str | None) -> None:
         return
     environment = {**os.environ, **_NARROWED[isa]}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def stamp() -> dict[str, str]:
+    """Give what every record says of itself: machine, date and commit."""
+    return {"machine": machine(), "date": now(), "commit": commit()}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

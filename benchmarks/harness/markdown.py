@@ -30,7 +30,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 
 def stamp(date: str | None, commit: str | None, machine: str) -> str:
     """Say when and on what a record was made, as far as it says."""
-    return f"{date or UNKNOWN} (date), {commit or UNKNOWN} (commit), {machine}."
+    return f"{date or 'date unknown'}, commit {commit or UNKNOWN}, {machine}."
 
 
 def _scenario(mine: Sequence[Record], command: str) -> Iterator[str]:

@@ -72,8 +72,14 @@ def read(file: Path) -> list[Record]:
 
 
 def _record(told: dict[str, Any]) -> Record:
+    tables: dict[str, dict[str, Any]] = told["values"]
     values = {
-        name: Value(**one | {"spread": one["spread"] and tuple(one["spread"])})
-        for name, one in told["values"].items()
+        name: Value(
+            median=one["median"],
+            spread=one["spread"] and (one["spread"][0], one["spread"][1]),
+            less=one["less"],
+        )
+        for name, one in tables.items()
     }
-    return Record(**told | {"values": values, "machine": Machine(**told["machine"])})
+    whole: dict[str, Any] = {**told, "values": values, "machine": Machine(**told["machine"])}
+    return Record(**whole)

@@ -21,6 +21,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.errors import ScenarioError, check_keys
 
@@ -111,19 +112,20 @@ def read(name: str) -> Suite:
     )
 
 
-def _program(name: str, table: dict[str, object], file: str) -> Program:
+def _program(name: str, table: dict[str, Any], file: str) -> Program:
     check_keys(table, Program, f"[programs.{name}] in {file}", given={"name"})
     if not (FOLDER.parent / f"{name}.py").exists():
         raise ScenarioError(f"[programs.{name}] in {file}: there is no benchmarks/{name}.py")
-    held = {key: tuple(one) if isinstance(one, list) else one for key, one in table.items()}
-    return Program(name=name, **held)  # type: ignore[arg-type]
+    lists = ("cell", "less", "more")
+    held: dict[str, Any] = {**table, **{key: tuple(table.get(key, ())) for key in lists}}
+    return Program(name=name, **held)
 
 
-def _scenario(table: dict[str, object], programs: Mapping[str, Program], file: str) -> Scenario:
+def _scenario(table: dict[str, Any], programs: Mapping[str, Program], file: str) -> Scenario:
     where = f"scenario {table.get('name', '')!r} in {file}"
     check_keys(table, Scenario, where)
     if table["program"] not in programs:
         raise ScenarioError(
             f"{where} names program {table['program']!r}; there are {sorted(programs)}"
         )
-    return Scenario(**table)  # type: ignore[arg-type]
+    return Scenario(**table)
