@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.timing import machine, stamp, table, take_turns
-from moecc.tiny import tiny_model
 
 BASE = {"tokens": 128, "experts": 16, "layers": 2, "batch": 1}
 AXES = {
@@ -127,16 +127,15 @@ def measure(axis: str, sizes: Sequence[int], seconds: float, inner: str) -> Iter
 
 def make(sizes: dict[str, int], axis: str, inner: str) -> dict[str, Callable[[int], Any]]:
     """Name the ways to run a model of these sizes, eager first; weights are shared."""
-    config: dict[str, Any] = {
-        "num_hidden_layers": sizes["layers"],
-        "num_experts": sizes["experts"],
-        **SIZES,
-    }
-    model: Any = tiny_model("qwen3_moe", **config)
+    config = Qwen3MoeConfig(
+        num_hidden_layers=sizes["layers"], num_experts=sizes["experts"], **SIZES
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).eval()
     shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
     twin: Any = deepcopy(model, shared)  # moecc adopts the modules that it compiles
     shape = (sizes["batch"], 1) if axis == "batch" else (1, sizes["tokens"])
-    ids = torch.randint(config["vocab_size"], shape)
+    ids = torch.randint(SIZES["vocab_size"], shape)
     ours = torch.compile(twin, backend="moecc", options={"inner": inner})
 
     def run(call: Callable[..., Any], implementation: str, _: int) -> Any:
