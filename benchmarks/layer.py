@@ -1,4 +1,4 @@
-"""Time one MoE layer: transformers' implementations, eager and compiled, and moecc.
+"""Time one MoE layer: transformers, eager and compiled, onnxruntime, kt-kernel, and moecc.
 
     python -m benchmarks.layer --shape qwen3-30b-a3b --dtype bf16,fp32 --tokens 1,64,256
 
@@ -13,9 +13,11 @@ import copy
 import json
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch._inductor.config
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks import onnx_layer
+from benchmarks import kt_layer, onnx_layer
 from benchmarks.swiglu import swiglu_spec
 from benchmarks.timing import (
     machine,
@@ -48,6 +50,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest difference from eager, relative to the norm, that is rounding."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+SPINNING = {"onnxruntime": (torch.float32, onnx_layer), "kt-kernel": (torch.bfloat16, kt_layer)}
+"""Peers with threads of their own, which wait for work a while after a call, and their dtypes."""
+SETTLE = 0.03
+"""Seconds between contenders where such a peer takes part; a call that is not timed follows."""
 GATHER_LIMIT = 4e9
 """Bytes of weights that `batched_mm` may copy for one call."""
 INPUTS = 8
@@ -152,9 +158,10 @@ def contenders(layer: Qwen3MoeExperts, tokens: int) -> Iterator[tuple[str, Calla
     yield from peers(layer, tokens, layer)
     for name, run in peers(layer, tokens, torch.compile(layer)):
         yield f"{name} + inductor", run
-    if onnx_layer.installed() and layer.down_proj.dtype == torch.float32:
-        weights, active = (layer.gate_up_proj, layer.down_proj), layer.config.num_experts_per_tok
-        yield "onnxruntime", onnx_layer.build(*weights, active, torch.get_num_threads())
+    for name, (dtype, peer) in SPINNING.items():
+        if peer.installed() and layer.down_proj.dtype == dtype:
+            sizes = layer.config.num_experts_per_tok, torch.get_num_threads()
+            yield name, peer.build(layer.gate_up_proj, layer.down_proj, *sizes)
     yield "moecc kernel", _kernel(layer)
     # A twin with the same weights: moecc runs a module that it compiled with its own kernels
     # outside of Dynamo too, and would answer for the other contenders.
@@ -202,7 +209,8 @@ def measure(
     with torch.inference_mode():
         wrong = check(calls, _with_implementation(layer, "eager", layer)(*inputs[0]))
         right = {name: call for name, call in calls.items() if name not in wrong}
-        times = take_turns(right, seconds=arguments.seconds)
+        between = partial(time.sleep, SETTLE) if SPINNING.keys() & right.keys() else None
+        times = take_turns(right, seconds=arguments.seconds, between=between)
     expert = sum(parameter[0].nbytes for parameter in layer.parameters())
     active = sum(ids.unique().numel() for _, ids, _ in inputs) / INPUTS
     slots = tokens * layer.config.num_experts_per_tok

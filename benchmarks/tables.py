@@ -16,7 +16,7 @@ def layer(told: Sequence[Told]) -> str:
     cells = list(dict.fromkeys((row["dtype"], row["tokens"]) for row in rows))
     found = {(row["contender"], row["dtype"], row["tokens"]): row for row in rows}
     theirs = [f"{name}{ending}" for name in _LAYER for ending in ("", " + inductor")]
-    names = [*theirs, "onnxruntime", "moecc kernel", "moecc"]
+    names = [*theirs, "onnxruntime", "kt-kernel", "moecc kernel", "moecc"]
     lines = [["", *(f"{dtype} T={tokens}" for dtype, tokens in cells)]]
     lines += [
         [name, *(_milliseconds(found.get((name, *cell))) for cell in cells)]

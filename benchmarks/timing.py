@@ -37,6 +37,7 @@ _NARROWED = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "CXXFLAGS": "-march=haswell",
+        "KT_KERNEL_CPU_VARIANT": "avx2",
         # inductor's graph cache does not tell instruction sets apart; a hit from another crashes.
         "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/inductor-avx2-{os.getuid()}",
     }

@@ -29,8 +29,6 @@ class Contender:
     install: str = ""
     gpu: bool = False
     """It needs a CUDA device."""
-    never: str = ""
-    """Why it cannot be timed anywhere yet."""
 
 
 @cache
@@ -57,8 +55,6 @@ def find(name: str) -> Contender:
 
 def why_absent(contender: Contender) -> str:
     """Say why it cannot run here, or nothing."""
-    if contender.never:
-        return contender.never
     if contender.gpu and not _has_gpu():
         return "needs a CUDA device"
     if contender.module and find_spec(contender.module) is None:
