@@ -87,7 +87,7 @@ def main() -> int:
     if arguments.json:
         record = {**stamp(), "results": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(row.wrong and row.contender == "moecc" for row in rows))
+    return int(any(row.wrong and row.contender.startswith("moecc") for row in rows))
 
 
 def prompts_of(model: Path, batch: int, length: int) -> Prompts:

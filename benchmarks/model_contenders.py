@@ -46,8 +46,10 @@ class Unable(Exception):
     """A contender cannot run this at all."""
 
 
-def transformers(implementation: str, backend: str | None, folder: Path, context: int) -> Run:
-    """Run transformers' forward, compiled if a backend is named, on a static cache."""
+def transformers(
+    implementation: str, folder: Path, context: int, backend: str = "", inner: str = ""
+) -> Run:
+    """Run transformers' forward on a static cache, compiled if a backend is named."""
     from transformers import AutoModelForCausalLM, StaticCache
 
     warnings.filterwarnings("ignore", module="torch._dynamo")
@@ -55,7 +57,9 @@ def transformers(implementation: str, backend: str | None, folder: Path, context
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation=implementation
     ).eval()
-    call = torch.compile(model.forward, backend=backend) if backend else model.forward
+    options: Any = {"inner": inner} if inner else None
+    compiled = torch.compile(model.forward, backend=backend or "eager", options=options)
+    call = compiled if backend else model.forward
     caches: dict[int, Any] = {}
 
     @torch.inference_mode()
@@ -153,17 +157,18 @@ def _tuples(ids: torch.Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(one) for one in row) for row in ids)
 
 
-def _forms(backend: str | None, ending: str) -> dict[str, Callable[[Path, int], Run]]:
+def _forms(ending: str, **how: str) -> dict[str, Callable[[Path, int], Run]]:
     return {
-        f"transformers {name}{ending}": partial(transformers, name, backend)
+        f"transformers {name}{ending}": partial(transformers, name, **how)
         for name in IMPLEMENTATIONS
     }
 
 
 MAKERS: Mapping[str, Callable[[Path, int], Run]] = {
-    "moecc": partial(transformers, "eager", "moecc"),
-    **_forms(None, ""),
-    **_forms("inductor", " + inductor"),
+    "moecc": partial(transformers, "eager", backend="moecc"),
+    "moecc + eager": partial(transformers, "eager", backend="moecc", inner="eager"),
+    **_forms(""),
+    **_forms(" + inductor", backend="inductor"),
     "llama.cpp": llama,
     "vLLM": vllm,
     "MoE-Infinity": moe_infinity,
