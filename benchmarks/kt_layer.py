@@ -5,6 +5,7 @@ addresses and sizes alone: `pip install --no-deps --target FOLDER kt-kernel`, FO
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,9 +27,7 @@ def build(
 
     The extension lays weights out anew, in memory of its own.
     """
-    from kt_kernel import kt_kernel_ext
-
-    kernels: Any = kt_kernel_ext
+    kernels: Any = import_module("kt_kernel").kt_kernel_ext
     pool = kernels.WorkerPoolConfig()
     pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
     workers = kernels.CPUInfer(pool)

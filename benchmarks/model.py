@@ -15,10 +15,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from benchmarks.harness import contenders
 from benchmarks.model_contenders import MAKERS, Generation, Guest, Prompts, Unable
@@ -92,7 +91,8 @@ def main() -> int:
 
 def prompts_of(model: Path, batch: int, length: int) -> Prompts:
     """Take so many stretches of the model's validation text, each from another place."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(model, model_max_length=1 << 30)
+    models: Any = import_module("transformers")
+    tokenizer = models.AutoTokenizer.from_pretrained(model, model_max_length=1 << 30)
     text = "".join(file.read_text(encoding="utf-8")[:20000] for file in find_texts(str(model)))
     ids: list[int] = tokenizer(text).input_ids
     apart = (len(ids) - length) // batch

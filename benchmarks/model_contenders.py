@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo import config as dynamo
 
 from benchmarks import llama_cpp
 
@@ -50,13 +52,11 @@ def transformers(
     implementation: str, folder: Path, context: int, backend: str = "", inner: str = ""
 ) -> Run:
     """Run transformers' forward on a static cache, compiled if a backend is named."""
-    from transformers import AutoModelForCausalLM, StaticCache
+    from transformers import StaticCache
 
     warnings.filterwarnings("ignore", module="torch._dynamo")
-    torch._dynamo.config.recompile_limit = 64  # for prefill and decode at each batch
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation=implementation
-    ).eval()
+    dynamo.recompile_limit = 64  # for prefill and decode at each batch
+    model = _load(folder, experts_implementation=implementation)
     options: Any = {"inner": inner} if inner else None
     compiled = torch.compile(model.forward, backend=backend or "eager", options=options)
     call = compiled if backend else model.forward
@@ -85,15 +85,18 @@ def transformers(
     return run
 
 
+def _load(folder: Path, **how: Any) -> Any:
+    models: Any = import_module("transformers")
+    models.logging.disable_progress_bar()
+    loaded = models.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+    return loaded.eval()
+
+
 def llama(folder: Path, context: int) -> Run:
     """Run llama.cpp's server on a file with the same float32 weights, one sequence."""
-    from transformers import AutoModelForCausalLM
-
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.gguf"
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        llama_cpp.write(model, file, "F32", "F32")
-        del model
+        llama_cpp.write(_load(folder), file, "F32", "F32")
         decoder = llama_cpp.Decoder(file, torch.get_num_threads(), context + 8)
 
     def run(prompts: Prompts, steps: int) -> Generation:
@@ -107,15 +110,14 @@ def llama(folder: Path, context: int) -> Run:
 
 def vllm(folder: Path, context: int) -> Run:
     """Run vLLM's engine, with CUDA graphs and without its prefix cache."""
-    from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]
-
-    engine: Any = LLM(
+    engines: Any = import_module("vllm")
+    engine = engines.LLM(
         model=str(folder), dtype="float32", max_model_len=context, enable_prefix_caching=False
     )
 
     def generate(prompts: Prompts, steps: int) -> list[list[int]]:
-        how = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
-        given = [TokensPrompt(prompt_token_ids=list(one)) for one in prompts]
+        how = engines.SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
+        given = [engines.TokensPrompt(prompt_token_ids=list(one)) for one in prompts]
         made = engine.generate(given, how, use_tqdm=False)
         return [list(one.outputs[0].token_ids) for one in made]
 
@@ -124,11 +126,10 @@ def vllm(folder: Path, context: int) -> Run:
 
 def moe_infinity(folder: Path, context: int) -> Run:
     """Run MoE-Infinity with three quarters of the GPU's memory for experts."""
-    from moe_infinity import MoE  # type: ignore[import-not-found]
-
+    engines: Any = import_module("moe_infinity")
     del context
     store = tempfile.mkdtemp()  # it writes its own copy of the experts, and reads it until the end
-    model: Any = MoE(str(folder), {"offload_path": store, "device_memory_ratio": 0.75})
+    model = engines.MoE(str(folder), {"offload_path": store, "device_memory_ratio": 0.75})
 
     def generate(prompts: Prompts, steps: int) -> list[list[int]]:
         ids = torch.tensor(prompts, device="cuda")

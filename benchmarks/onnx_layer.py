@@ -6,6 +6,7 @@ very small elsewhere, so that it chooses the same experts with the same weights.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,10 +25,9 @@ def build(
     gate_up: torch.Tensor, down: torch.Tensor, active: int, threads: int
 ) -> Callable[..., torch.Tensor]:
     """Build a session for weights [E, 2I, H], [E, H, I]; returns `run(hidden, ids, weights)`."""
-    import onnxruntime
-
+    onnxruntime: Any = import_module("onnxruntime")
     experts, rows, _ = gate_up.shape
-    halves = gate_up.unflatten(1, (2, rows // 2)).transpose(1, 2).flatten(1, 2).contiguous()
+    halves = gate_up.view(experts, 2, rows // 2, -1).transpose(1, 2).flatten(1, 2).contiguous()
     weights = {"gate_up": halves, "down": down.contiguous()}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -47,9 +47,9 @@ def build(
 
 def _graph(weights: dict[str, torch.Tensor], active: int) -> bytes:
     """Write the graph of one operator, whose weights come from outside: a file holds 2 GiB."""
-    from onnx import TensorProto, helper
-
-    kind: Any = TensorProto.FLOAT
+    helper: Any = import_module("onnx").helper
+    protos: Any = import_module("onnx").TensorProto
+    kind = protos.FLOAT
     experts, hidden, _ = weights["down"].shape
     node = helper.make_node(
         "MoE",
@@ -69,8 +69,8 @@ def _graph(weights: dict[str, torch.Tensor], active: int) -> bytes:
     outputs = [helper.make_tensor_value_info("out", kind, ["T", hidden])]
     outside: list[Any] = []
     for name, one in weights.items():
-        tensor = TensorProto(name=name, data_type=kind, dims=one.shape)
-        tensor.data_location = TensorProto.EXTERNAL
+        tensor = protos(name=name, data_type=kind, dims=one.shape)
+        tensor.data_location = protos.EXTERNAL
         tensor.external_data.add(key="location", value=name)
         outside.append(tensor)
     graph = helper.make_graph([node], "layer", inputs, outputs, outside)

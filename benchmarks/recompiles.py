@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo import reset
 from torch._dynamo.utils import counters
 
 from benchmarks.timing import stamp, table
@@ -50,7 +51,7 @@ def main() -> int:
 
 def graphs(family: str, backend: str, shapes: int) -> int:
     """Call a tiny model with so many shapes, and count the graphs that were compiled."""
-    torch._dynamo.reset()
+    reset()
     counters.clear()
     model: Any = tiny_model(family, use_cache=False)
     model.config._experts_implementation = "grouped_mm"

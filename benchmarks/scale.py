@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+from torch._dynamo import reset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.timing import machine, stamp, table, take_turns
@@ -35,7 +36,7 @@ AXES = {
     "layers": (1, 2, 4, 8),
     "batch": (1, 2, 4, 8, 16, 32),
 }
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 256, "moe_intermediate_size": 128, "num_experts_per_tok": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "use_cache": False,
     "vocab_size": 512,
@@ -106,7 +107,7 @@ def measure(axis: str, sizes: Sequence[int], seconds: float, inner: str) -> Iter
             times = take_turns(calls, seconds=seconds)
         for name, one in times.items():
             taken.setdefault(name, []).append(statistics.median(one) * 1e3)
-        torch._dynamo.reset()
+        reset()
     lines = [[axis, *map(str, sizes), "exponent"]]
     for name, milliseconds in taken.items():
         found = fit(sizes, milliseconds)
@@ -131,7 +132,7 @@ def make(sizes: dict[str, int], axis: str, inner: str) -> dict[str, Callable[[in
         num_hidden_layers=sizes["layers"], num_experts=sizes["experts"], **SIZES
     )
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config).eval()
+    model: Any = Qwen3MoeForCausalLM(config).eval()
     shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
     twin: Any = deepcopy(model, shared)  # moecc adopts the modules that it compiles
     shape = (sizes["batch"], 1) if axis == "batch" else (1, sizes["tokens"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page, scale
+from benchmarks import model, page, scale
 from benchmarks.harness import (
     __main__ as harness,
 )
@@ -25,6 +25,7 @@ from benchmarks.harness import (
 from benchmarks.harness.errors import ScenarioError
 from benchmarks.harness.machine import Machine
 from benchmarks.harness.record import Record, Value
+from benchmarks.model_contenders import Generation, Unable
 
 HERE = Machine(cpu="a processor", cores=2, load=0.5, read_bandwidth=3e10, versions={"torch": "2"})
 ONE = Record(
@@ -241,3 +242,45 @@ def test_an_exponent_is_fitted_with_its_error() -> None:
     noisy = scale.fit(sizes, [3, 7, 11, 25])
     assert 0.9 < noisy.exponent < 1.1
     assert 0 < noisy.error < 0.2
+
+
+class Fake:
+    """A guest that gives the same tokens each time, or cannot run."""
+
+    def __init__(self, tokens: tuple[int, ...] = (), unable: str = "") -> None:
+        self.tokens, self.unable, self.asked = tokens, unable, 0
+
+    def run(self, prompts, steps: int) -> Generation:
+        self.asked += 1
+        if self.unable:
+            raise Unable(self.unable)
+        seconds = float(self.asked)  # the first call, which is not timed, would be the fastest
+        return Generation(
+            prefill=seconds, step=seconds / 10, tokens=(self.tokens[:steps],) * len(prompts),
+            peak_memory=10 * self.asked,
+        )  # fmt: skip
+
+
+def test_a_model_with_other_tokens_has_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model, "SETTLE", 0)
+    right, wrong = tuple(range(8)), (0, 1, 2, 3, 4, 5, 6, 9)
+    guests = {
+        model.JUDGE: Fake(right), "moecc": Fake(right), "llama.cpp": Fake(wrong),
+        "vLLM": Fake(unable="no batches"),
+    }  # fmt: skip
+    rows = {row.contender: row for row in model.measure(guests, [[1, 2], [3, 4]], 8, 3)}
+    ours, theirs = rows["moecc"], rows["llama.cpp"]
+    assert (ours.prefill_rate, ours.decode_rate) == (pytest.approx(4 / 3), pytest.approx(20 / 3))
+    assert ours.spread == {"prefill_rate": (1, 2), "decode_rate": (5, 10)}
+    assert (ours.peak_memory, guests["moecc"].asked, guests["vLLM"].asked) == (40, 4, 1)
+    assert (theirs.prefill_rate, theirs.wrong) == (None, "other tokens than transformers eager")
+    assert rows["vLLM"].skipped == "no batches"
+    assert "other tokens" in capsys.readouterr().out
+
+
+def test_prompts_are_stretches_of_the_models_text() -> None:
+    prompts = model.prompts_of(model.REFERENCE, 3, 16)
+    assert [len(one) for one in prompts] == [16] * 3
+    assert len({tuple(one) for one in prompts}) == 3
