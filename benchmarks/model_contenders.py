@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import config as dynamo
+from torch._inductor import config as inductor
 
 from benchmarks import llama_cpp
 
@@ -209,6 +210,7 @@ class Guest:
 
 def _serve(name: str, folder: Path, context: int, threads: int, connection: Connection) -> None:
     torch.set_num_threads(threads)
+    inductor.compile_threads = 1  # a pool of processes would work beside those that are timed
     run = MAKERS[name](folder, context)
     while True:
         try:
