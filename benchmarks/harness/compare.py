@@ -1,8 +1,13 @@
-"""Say what changed between two runs beyond what their rounds differ by."""
+"""Say what changed between two runs beyond what their rounds differ by.
 
+python -m benchmarks.harness.compare OLD.jsonl NEW.jsonl
+"""
+
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from benchmarks.harness.record import Record, Value
+from benchmarks.harness.record import Record, Value, read
 
 ASSUMED = 0.1
 """Noise of a value without a spread: runs of the same commit differ by a tenth."""
@@ -12,7 +17,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[str]:
     """Give a line for each value that changed, appeared or went, and what the runs differ in."""
     before = {one.key: one for one in old}
     after = {one.key: one for one in new}
-    lines = list(_circumstances(old, new))
+    lines: list[str] = []
     for key, one in after.items():
         if key not in before:
             lines.append(f"new: {title(one)}")
@@ -25,7 +30,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[str]:
         for key, one in before.items()
         if key not in after and (one.suite, one.scenario) in asked
     ]
-    return lines or ["nothing changed beyond noise"]
+    return [*_circumstances(old, new), *(lines or ["nothing changed beyond noise"])]
 
 
 def title(one: Record) -> str:
@@ -71,3 +76,8 @@ def _bounds(value: Value) -> tuple[float, float]:
         return value.spread
     margin = abs(value.median) * ASSUMED / 2
     return value.median - margin, value.median + margin
+
+
+if __name__ == "__main__":
+    old, new = (read(Path(name)) for name in sys.argv[1:3])
+    print("\n".join(compare(old, new)))
