@@ -3,16 +3,15 @@
     python -m benchmarks.model --batch 1,4 --length 32,256 --steps 32 --rounds 3 --json FILE
 
 The shipped model in float32, prompts from its validation text, greedy. Each contender has a process
-of its own; they are asked in turn, with a pause in between, as their threads spin a while. In each
-cell the first call of a contender, of a few tokens, compiles and is not timed. A contender whose
-tokens are not those of transformers' eager forward has no time; exit status is 1 if that is moecc.
+of its own; they are asked in turn, and stopped in between. In each cell the first call of a
+contender, of a few tokens, compiles and is not timed. A contender whose tokens are not those of
+transformers' eager forward has no time; exit status is 1 if that is moecc.
 """
 
 import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -29,8 +28,6 @@ JUDGE = "transformers eager"
 """Whose tokens are the right ones."""
 WARM_UP = 4
 """Tokens of the call that is not timed."""
-SETTLE = 0.3
-"""Seconds between contenders."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +104,6 @@ def measure(guests: Mapping[str, Guest], prompts: Prompts, steps: int, rounds: i
         for name, guest in guests.items():
             if name in unable:
                 continue
-            time.sleep(SETTLE)
             try:
                 generation = guest.run(prompts, steps if number else WARM_UP)
             except Unable as error:

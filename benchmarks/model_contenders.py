@@ -1,11 +1,14 @@
 """Put a whole model behind one call: prompts in, greedy tokens and the seconds that they took out.
 
 Each contender runs in a process of its own (`Guest`), so that none compiles, adopts or allocates
-for another, and its peak of memory is its own. Processes stay, and are asked in turn.
+for another, and its peak of memory is its own. Processes stay, are asked in turn, and are stopped
+in between: threads of servers and of OpenMP spin for a while after a call.
 """
 
 import multiprocessing
+import os
 import resource
+import signal
 import tempfile
 import time
 import warnings
@@ -191,21 +194,28 @@ class Guest:
 
     def run(self, prompts: Prompts, steps: int) -> Generation:
         """Generate there; raises `Unable` with the reason that it gives, or that it died."""
-        self._connection.send((prompts, steps))
+        self._signal(signal.SIGCONT)
         try:
+            self._connection.send((prompts, steps))
             answer: Generation | str = self._connection.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             self._process.join()
             raise Unable(f"its process ended with {self._process.exitcode}") from None
+        self._signal(signal.SIGSTOP)
         if isinstance(answer, str):
             raise Unable(answer)
         return answer
 
     def close(self) -> None:
         """End the process."""
+        self._signal(signal.SIGCONT)
         self._connection.close()
         self._process.join(5)
         self._process.kill()
+
+    def _signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
 
 
 def _serve(name: str, folder: Path, context: int, threads: int, connection: Connection) -> None:

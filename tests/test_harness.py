@@ -261,10 +261,7 @@ class Fake:
         )  # fmt: skip
 
 
-def test_a_model_with_other_tokens_has_no_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(model, "SETTLE", 0)
+def test_a_model_with_other_tokens_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     right, wrong = tuple(range(8)), (0, 1, 2, 3, 4, 5, 6, 9)
     guests = {
         model.JUDGE: Fake(right), "moecc": Fake(right), "llama.cpp": Fake(wrong),
