@@ -53,7 +53,8 @@ PROGRAM = '''
     given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     row = {"tokens": int(given["--tokens"]), "spread": [1, 3], "milliseconds": 2.0}
     theirs = row | {"contender": "eager", "same": False}
-    found = {"results": [row | {"contender": "moecc", "same": SAME}, theirs]}
+    found = {"machine": "held to less", "bandwidth": 1e9}
+    found["results"] = [row | {"contender": "moecc", "same": SAME}, theirs]
     open(given["--json"], "w").write(json.dumps(found))
 '''
 
@@ -140,7 +141,8 @@ def test_a_run_makes_a_record_of_each_row_and_of_each_absent_contender(
     assert harness.main(["nothing", "--json", str(file)]) == 0
     ours, theirs, absent = record.read(file)
     assert ours.values == {"milliseconds": Value(median=2.0, spread=(1, 3), less=True)}
-    assert (ours.cell, ours.machine, ours.quick) == ({"tokens": 1}, HERE, False)
+    seen = replace(HERE, cpu="held to less", read_bandwidth=1e9)
+    assert (ours.cell, ours.machine, ours.quick) == ({"tokens": 1}, seen, False)
     assert ours.command == "python -m benchmarks.nothing --tokens 1"
     assert (ours.peak_memory or 0) > 1 << 20
     assert (theirs.values, theirs.wrong) == ({}, "same: no")

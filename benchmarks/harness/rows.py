@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +70,19 @@ def read_rows(file: Path, program: Program) -> list[Row]:
         if lacking and not (row.get("skipped") or row.get("wrong")):
             raise ScenarioError(f"benchmarks/{program.name}.py wrote no {lacking} in {row}")
     return rows
+
+
+def seen_by(file: Path, program: Program, here: Machine) -> Machine:
+    """Give the machine as the program saw it: held to an instruction set, with its own rates."""
+    if not program.rows:
+        return here
+    told: dict[str, Any] = json.loads(file.read_text())
+    return replace(
+        here,
+        cpu=told.get("machine", here.cpu),
+        read_bandwidth=told.get("bandwidth", here.read_bandwidth),
+        product_rate=told.get("product_rate", here.product_rate),
+    )
 
 
 def records(run: Run, rows: Sequence[Row]) -> list[Record]:

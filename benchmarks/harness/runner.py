@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import machine
 from benchmarks.harness.machine import ROOT, Machine
 from benchmarks.harness.record import Record
-from benchmarks.harness.rows import Run, read_rows, records, wrong_of_ours
+from benchmarks.harness.rows import Run, read_rows, records, seen_by, wrong_of_ours
 from benchmarks.harness.scenario import Scenario, Suite
 
 QUICK_MINUTES = 15
@@ -84,6 +84,7 @@ def run_scenario(suite: Suite, scenario: Scenario, quick_on: Machine | None) -> 
         )
         failure, found = ended.failure, list[Record]()
         try:
+            one = replace(one, machine=seen_by(file, one.program, here))
             found = records(one, read_rows(file, one.program))
         except (OSError, KeyError, ValueError) as error:
             failure = failure or f"{type(error).__name__}: {error}"
