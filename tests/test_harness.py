@@ -159,6 +159,19 @@ def test_wrong_results_of_ours_fail_a_quick_run_and_have_no_time(checkout) -> No
     assert (ours.cell, ours.values, ours.quick) == ({"tokens": 2}, {}, True)
 
 
+def test_a_scenario_alone_leaves_the_records_of_others_in_the_file(
+    checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = checkout(SUITE + SUITE[SUITE.index("    [[scenario]]") :].replace("small", "large"))
+    assert harness.main(["nothing", "--json", str(file)]) == 0
+    before = record.read(file)
+    assert harness.main(["nothing", "--scenario", "small", "--json", str(file)]) == 0
+    assert sorted(one.key for one in record.read(file)) == sorted(one.key for one in before)
+    with pytest.raises(SystemExit):
+        harness.main(["nothing", "--scenario", "other"])
+    assert "nothing has no scenario 'other'" in capsys.readouterr().err
+
+
 def test_a_program_takes_its_own_options_or_fails_with_what_it_said(
     checkout, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,22 +27,30 @@ def main(given: Sequence[str] | None = None) -> int:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(
         prog="moecc bench",
-        description="Run a suite; what is no option here is handed to its first program.",
+        description="Run a suite. What is no option here is handed to its first program instead of "
+        "the scenarios' options (python -m benchmarks.PROGRAM --help).",
         epilog="\n".join(f"{one}: {scenario.read(one).about}" for one in scenario.names()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("suite", choices=[*scenario.names(), ALL], metavar="SUITE")
     parser.add_argument("--quick", action="store_true", help="check results, in seconds: no times")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write records, a line each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep records there, a line each")
+    parser.add_argument("--scenario", metavar="NAME", help="run this one alone")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="say what changed since OLD")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw every measured field")
     arguments, own = parser.parse_known_args(given)
     try:
         suites = [scenario.read(one) for one in _names(arguments.suite)]
         old = record.read(arguments.compare) if arguments.compare else None
-    except (OSError, ValueError) as error:
+        if arguments.plot:
+            plots.require()
+    except (OSError, ValueError, MissingExtra) as error:
         parser.error(str(error))
+    if arguments.scenario:
+        suites = [one for suite in suites if (one := suite.alone(arguments.scenario)).scenarios]
+        if not suites:
+            parser.error(f"{arguments.suite} has no scenario {arguments.scenario!r}")
     if own and arguments.suite == ALL:
         parser.error(f"{shlex.join(own)}: only the program of one suite takes options of its own")
     if own:
@@ -52,10 +60,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if old is not None:
         print("\n".join(compare.compare(old, records)))
     if arguments.plot:
-        try:
-            plots.plot(records, arguments.plot)
-        except MissingExtra as error:
-            parser.error(str(error))
+        plots.plot(records, arguments.plot)
     return int(any(one.failure for one in ran))
 
 
@@ -64,15 +69,21 @@ def _names(suite: str) -> list[str]:
 
 
 def _run(suites: Sequence[scenario.Suite], quick: bool, file: Path | None) -> list[Ran]:
-    """Run, say how each scenario went, and write after each what there is so far."""
+    """Run, say how each scenario went, and write after each what there is so far.
+
+    Records of other scenarios, which a file has from another run, stay in it.
+    """
     start, ran = time.perf_counter(), list[Ran]()
+    now = {(suite.name, one.name) for suite in suites for one in suite.scenarios}
+    kept = record.read(file) if file and file.exists() else []
+    kept = [one for one in kept if (one.suite, one.scenario) not in now]
     for one in run(suites, quick):
         ran.append(one)
         print(f"{one.suite} {one.scenario}: {_summary(one)}", flush=True)
         if not quick:
             print("\n".join(markdown.tables(one.records)), flush=True)
         if file:
-            record.write((each for done in ran for each in done.records), file)
+            record.write([*kept, *(each for done in ran for each in done.records)], file)
     wrong = [f"{one.suite} {one.scenario}" for one in ran if one.failure]
     said = f"wrong or failed: {', '.join(wrong)}" if wrong else "no result is wrong"
     print(f"{len(ran)} scenarios in {time.perf_counter() - start:.0f} s: {said}")

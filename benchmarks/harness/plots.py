@@ -1,18 +1,25 @@
 """Draw records: a picture for each measured field of a suite, a bar for each contender and cell."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.record import Record
 from moecc.runtime.errors import MissingExtra
 
 
-def plot(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write SUITE-FIELD.svg files and name them; raises `MissingExtra` without matplotlib."""
+def require() -> Any:
+    """Give matplotlib's pyplot; raises `MissingExtra` if it is not there."""
     try:
-        from matplotlib import pyplot
+        return import_module("matplotlib.pyplot")
     except ImportError as error:
         raise MissingExtra("plots need matplotlib: pip install moecc[plot]") from error
+
+
+def plot(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write SUITE-FIELD.svg files and name them; raises `MissingExtra` without matplotlib."""
+    pyplot = require()
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     measured = dict.fromkeys((one.suite, name) for one in records for name in one.values)

@@ -74,6 +74,10 @@ class Suite:
     programs: Mapping[str, Program]
     scenarios: tuple[Scenario, ...]
 
+    def alone(self, scenario: str) -> "Suite":
+        """Give the suite with this scenario alone, or with none."""
+        return replace(self, scenarios=tuple(one for one in self.scenarios if one.name == scenario))
+
     def with_options(self, options: str) -> "Suite":
         """Give the suite with its first scenario alone, with these options in place of its own."""
         own = replace(self.scenarios[0], name="own options", options=options, quick=options)
