@@ -108,7 +108,10 @@ def test_what_programs_have_written_is_read_as_the_suites_say(
 ) -> None:
     found = rows.read_rows(page.RESULTS / file, scenario.read(suite).programs[program])
     assert all(contenders.find(row["contender"]).command for row in found)
-    assert rows.values_of(found[0], scenario.read(suite).programs[program])
+    values = rows.values_of(found[0], scenario.read(suite).programs[program])
+    spreads = {name: one.spread for name, one in values.items() if one.spread}
+    assert values
+    assert all(low <= values[name].median <= high for name, (low, high) in spreads.items())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from moecc.runtime.errors import MissingExtra
 def require() -> Any:
     """Give matplotlib's pyplot; raises `MissingExtra` if it is not there."""
     try:
+        import_module("matplotlib").use("Agg")  # draws to files, where there is no screen, too
         return import_module("matplotlib.pyplot")
     except ImportError as error:
         raise MissingExtra("plots need matplotlib: pip install moecc[plot]") from error

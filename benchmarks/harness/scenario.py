@@ -48,8 +48,8 @@ class Program:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Name the measured fields."""
-        return (*self.less, *self.more)
+        """Name the measured fields, rates before times and sizes."""
+        return (*self.more, *self.less)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
