@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was upon the face of the deep.
 
-.PHONY: help setup run test lint check docs bless bench gpu clean
+.PHONY: help setup run test lint check docs bless bench quick gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,6 +39,9 @@ bless: $(BIN)/moecc ## Rewrite the golden files and docs/cli.md; review the diff
 
 bench: $(BIN)/moecc ## Time one MoE layer beside transformers
 	$(BIN)/python -m benchmarks.layer
+
+quick: $(BIN)/moecc ## Check in minutes what all benchmarks compute; times nothing
+	$(BIN)/moecc bench all --quick
 
 gpu: $(BIN)/moecc ## Run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import alternate, machine, table
+from benchmarks.timing import alternate, machine, stamp, table
 
 CONTENDERS = ("inductor", "moecc", "moecc whole")
 LENGTHS = (16, 24)
@@ -76,7 +76,7 @@ def main() -> None:
     print(table(cells(rows)))
     if arguments.json:
         settings = {name: getattr(arguments, name) for name in ("family", "layers", "hidden")}
-        record = settings | {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        record = settings | {**stamp(), "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -37,7 +37,6 @@ def main() -> int:
     console.print(_line(_HEADINGS), style="bold", soft_wrap=True)
     with status.status(f"0 of {len(arguments.families)} families done") as live:
         for number, one in enumerate(_found(arguments), start=1):
-            one["verdict"] = verdict(one)
             found.append(one)
             style = None if one["verdict"] == "raised" else "yellow"
             console.print(_row(one), style=style, soft_wrap=True)
@@ -75,12 +74,12 @@ def _found(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if arguments.again is not None:
         lines = map(json.loads, arguments.again.read_text().splitlines())
         known = {one["family"]: one for one in lines}  # a later line replaces an earlier one
-        yield from (known[family] for family in arguments.families if family in known)
+        yield from (_judged(known[family]) for family in arguments.families if family in known)
         return
     if arguments.json is not None:
         arguments.json.write_text("")
     for family in arguments.families:
-        one = _examined(family, arguments)
+        one = _judged(_examined(family, arguments))
         if arguments.json is not None:
             with arguments.json.open("a") as file:
                 print(json.dumps(one), file=file)
@@ -108,6 +107,13 @@ def _examined(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if process.returncode == 0:
         return json.loads(out.splitlines()[-1])
     return {"family": family, "failure": _last_error(err) or f"exit status {process.returncode}"}
+
+
+def _judged(one: dict[str, Any]) -> dict[str, Any]:
+    """Add the verdict, and what is wrong if something is."""
+    found = verdict(one)
+    wrong = one.get("failure") or f"differs from eager by {one['error']:.0e}"
+    return one | {"verdict": found, "wrong": wrong if found == "wrong" else ""}
 
 
 def _last_error(text: str) -> str:

@@ -29,7 +29,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StaticCache
 
 from benchmarks import llama_cpp
 from benchmarks.llama_cpp import Generated
-from benchmarks.timing import machine, narrow_to, read_bandwidth, table
+from benchmarks.timing import machine, narrow_to, read_bandwidth, stamp, table
 from moecc.codegen import low_bit
 from moecc.runtime.schemes.packing import pack_experts
 from moecc.runtime.schemes.scheme import Scheme
@@ -79,7 +79,7 @@ def main() -> None:
         print("llama.cpp is not here: pip install moecc[llama]")
     bandwidth = read_bandwidth()
     print(f"{machine()}\nreads {bandwidth / 1e9:.1f} GB/s", flush=True)
-    record: dict[str, Any] = {"machine": machine(), "bandwidth": bandwidth}
+    record: dict[str, Any] = {**stamp(), "bandwidth": bandwidth}
     record |= {name: getattr(arguments, name) for name in ("layers", "steps", "rounds", "rest")}
     rows: list[Row] = []
     model = make_model(arguments.layers)

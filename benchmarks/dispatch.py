@@ -15,26 +15,13 @@ from unittest import mock
 import torch
 import torch._inductor.config
 
+from benchmarks.swiglu import swiglu_spec
 from benchmarks.timing import machine
-from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.native import emit as native
-from moecc.codegen.spec import KernelSpec
 from moecc.runtime import ops
 
 FEW, MANY = 1, 33
-SPEC = KernelSpec(
-    hidden=32,
-    intermediate=32,
-    experts=4,
-    dtype=torch.float32,
-    activation=apply("mul", apply("silu", GATE), UP),
-    gated=True,
-    interleaved=False,
-    transposed=False,
-    down_transposed=False,
-    bias=False,
-    device="cpu",
-)
+SPEC = swiglu_spec({"hidden": 32, "intermediate": 32, "experts": 4}, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks import dispatch, ggml, roofline
 from benchmarks.layer import DTYPES, SHAPES, make_layer, peers
+from benchmarks.swiglu import swiglu_spec
 from benchmarks.timing import (
     PRODUCT,
     alternate,
@@ -33,11 +34,10 @@ from benchmarks.timing import (
     narrow_to,
     plain_product,
     plain_read,
+    stamp,
     table,
 )
-from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.native.emit import emit
-from moecc.codegen.spec import KernelSpec
 from moecc.runtime.schemes.packing import pack_experts
 from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
@@ -104,7 +104,7 @@ def main() -> None:
     if not ggml.installed():
         print("llama.cpp is not here: pip install moecc[llama]")
     rows: list[Row] = []
-    record: dict[str, object] = {"machine": machine(), "shape": arguments.shape}
+    record: dict[str, object] = {**stamp(), "shape": arguments.shape}
     record["dispatch_microseconds"] = call.cost
     for kind in arguments.kind.split(","):
         rows += measure(kind, arguments)
@@ -211,21 +211,8 @@ def our_kernel(kind: str, shape: dict[str, int], weights: tuple[torch.Tensor, ..
     """Give moecc's kernel with its own copy of the weights."""
     scheme = SCHEMES.get(kind)
     dtype = torch.float32 if scheme else DTYPES[kind]
-    spec = KernelSpec(
-        hidden=shape["hidden"],
-        intermediate=shape["intermediate"],
-        experts=shape["experts"],
-        dtype=dtype,
-        activation=apply("mul", apply("silu", GATE), UP),
-        gated=True,
-        interleaved=False,
-        transposed=False,
-        down_transposed=False,
-        bias=False,
-        split=True,
-        schemes=Schemes(first=scheme, second=scheme) if scheme else None,
-        device="cpu",
-    )
+    schemes = Schemes(first=scheme, second=scheme) if scheme else None
+    spec = swiglu_spec(shape, dtype, split=True, schemes=schemes)
     if scheme is None:
         gate, up, down = (one.to(dtype).contiguous() for one in weights)
     else:

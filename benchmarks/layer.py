@@ -1,8 +1,9 @@
-"""Time one MoE layer: transformers' implementations, eager and compiled, and moecc.
+"""Time one MoE layer: transformers, eager and compiled, onnxruntime, kt-kernel, and moecc.
 
     python -m benchmarks.layer --shape qwen3-30b-a3b --dtype bf16,fp32 --tokens 1,64,256
 
 Contenders are called in turn, each call with another routing, so that weights come from memory.
+What differs from eager by more than rounding has no time, and exit status is 1 if that is moecc.
 The floor is the larger of the active experts' bytes over the measured read bandwidth and the FLOPs
 over the measured float32 product rate; `of floor` is the floor over the contender's time.
 """
@@ -10,20 +11,33 @@ over the measured float32 product rate; `of floor` is the floor over the contend
 import argparse
 import copy
 import json
+import statistics
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor.config
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks.timing import alternate, machine, narrow_to, product_rate, read_bandwidth, table
-from moecc.codegen.activation import GATE, UP, apply
+from benchmarks import kt_layer, onnx_layer
+from benchmarks.swiglu import swiglu_spec
+from benchmarks.timing import (
+    machine,
+    narrow_to,
+    product_rate,
+    read_bandwidth,
+    stamp,
+    table,
+    take_turns,
+)
 from moecc.codegen.native.emit import emit
-from moecc.codegen.spec import KernelSpec
 
 SHAPES = {
     "qwen3-30b-a3b": {"hidden": 2048, "intermediate": 768, "experts": 128, "active": 8},
@@ -32,8 +46,14 @@ SHAPES = {
     "deepseek-v2-lite": {"hidden": 2048, "intermediate": 1408, "experts": 64, "active": 6},
     "small": {"hidden": 256, "intermediate": 128, "experts": 16, "active": 4},
 }
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Largest difference from eager, relative to the norm, that is rounding."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+SPINNING = {"onnxruntime": (torch.float32, onnx_layer), "kt-kernel": (torch.bfloat16, kt_layer)}
+"""Peers with threads of their own, which wait for work a while after a call, and their dtypes."""
+SETTLE = 0.03
+"""Seconds between contenders where such a peer takes part; a call that is not timed follows."""
 GATHER_LIMIT = 4e9
 """Bytes of weights that `batched_mm` may copy for one call."""
 INPUTS = 8
@@ -48,10 +68,13 @@ class Result:
     contender: str
     dtype: str
     tokens: int
-    milliseconds: float
+    milliseconds: float | None
+    """None where the output is wrong."""
+    spread: tuple[float, float] | None = None
     floor_milliseconds: float
-    ratio: float
-    """Its time over moecc's."""
+    ratio: float | None
+    """Its time over that of moecc's kernel."""
+    wrong: str = ""
 
 
 def main() -> None:
@@ -79,9 +102,11 @@ def main() -> None:
             results += measure(layer, dtype, tokens, arguments, bandwidth, rate)
         del layer
     if arguments.json:
-        record = {"machine": machine(), "shape": arguments.shape, "bandwidth": bandwidth}
+        record = {**stamp(), "shape": arguments.shape, "bandwidth": bandwidth}
         record |= {"product_rate": rate, "results": [asdict(result) for result in results]}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    if any(result.wrong and result.contender.startswith("moecc") for result in results):
+        sys.exit(1)
 
 
 def make_layer(shape: dict[str, int], dtype: torch.dtype) -> Qwen3MoeExperts:
@@ -133,6 +158,10 @@ def contenders(layer: Qwen3MoeExperts, tokens: int) -> Iterator[tuple[str, Calla
     yield from peers(layer, tokens, layer)
     for name, run in peers(layer, tokens, torch.compile(layer)):
         yield f"{name} + inductor", run
+    for name, (dtype, peer) in SPINNING.items():
+        if peer.installed() and layer.down_proj.dtype == dtype:
+            sizes = layer.config.num_experts_per_tok, torch.get_num_threads()
+            yield name, peer.build(layer.gate_up_proj, layer.down_proj, *sizes)
     yield "moecc kernel", _kernel(layer)
     # A twin with the same weights: moecc runs a module that it compiled with its own kernels
     # outside of Dynamo too, and would answer for the other contenders.
@@ -152,20 +181,9 @@ def _with_implementation(
 
 
 def _kernel(layer: Qwen3MoeExperts) -> Callable[..., torch.Tensor]:
-    spec = KernelSpec(
-        hidden=layer.hidden_dim,
-        intermediate=layer.intermediate_dim,
-        experts=layer.num_experts,
-        dtype=layer.down_proj.dtype,
-        activation=apply("mul", apply("silu", GATE), UP),
-        gated=True,
-        interleaved=False,
-        transposed=False,
-        down_transposed=False,
-        bias=False,
-        device="cpu",
-    )
-    run = emit(spec).run
+    experts, hidden, intermediate = layer.down_proj.shape
+    shape = {"hidden": hidden, "intermediate": intermediate, "experts": experts}
+    run = emit(swiglu_spec(shape, layer.down_proj.dtype)).run
     return lambda hidden, ids, weights: run(
         hidden, ids, weights, layer.gate_up_proj, layer.down_proj, None, None, None
     )
@@ -189,35 +207,54 @@ def measure(
     }
     torch._dynamo.reset()
     with torch.inference_mode():
-        times = alternate(calls, seconds=arguments.seconds)
+        wrong = check(calls, _with_implementation(layer, "eager", layer)(*inputs[0]))
+        right = {name: call for name, call in calls.items() if name not in wrong}
+        between = partial(time.sleep, SETTLE) if SPINNING.keys() & right.keys() else None
+        times = take_turns(right, seconds=arguments.seconds, between=between)
     expert = sum(parameter[0].nbytes for parameter in layer.parameters())
     active = sum(ids.unique().numel() for _, ids, _ in inputs) / INPUTS
     slots = tokens * layer.config.num_experts_per_tok
     flops = 2 * slots * sum(parameter[0].numel() for parameter in layer.parameters())
     memory, compute = active * expert / bandwidth, flops / rate
-    floor, ours = max(memory, compute), times.get("moecc kernel", float("nan"))
+    floor = max(memory, compute)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    ours = medians.get("moecc kernel", float("nan"))
     results = [
         Result(
             contender=name,
             dtype=dtype,
             tokens=tokens,
             milliseconds=took * 1e3,
+            spread=(min(times[name]) * 1e3, max(times[name]) * 1e3),
             floor_milliseconds=floor * 1e3,
-            ratio=took / ours,
+            ratio=took / ours if "moecc kernel" in medians else None,
         )
-        for name, took in times.items()
+        for name, took in medians.items()
     ]
     print(
         f"\n{dtype}, {tokens} tokens, {active:.0f} experts active: floor {floor * 1e3:.2f} ms "
         f"(memory {memory * 1e3:.2f}, float32 products {compute * 1e3:.2f})"
     )
     rows = [["contender", "ms", "vs kernel", "of floor"]]
-    for result in results:
-        share = result.floor_milliseconds / result.milliseconds
-        rows.append([result.contender, f"{result.milliseconds:.3f}"])
-        rows[-1] += [f"{result.ratio:.2f}x", f"{share:.0%}"]
+    for name, took in medians.items():
+        rows.append([name, f"{took * 1e3:.3f}", f"{took / ours:.2f}x", f"{floor / took:.0%}"])
     print(table(rows), flush=True)
+    for name, why in wrong.items():
+        print(f"{name}: {why}")
+        empty = {"milliseconds": None, "ratio": None, "floor_milliseconds": floor * 1e3}
+        results.append(Result(contender=name, dtype=dtype, tokens=tokens, wrong=why, **empty))
     return results
+
+
+def check(calls: dict[str, Callable[[int], Any]], expected: torch.Tensor) -> dict[str, str]:
+    """Say of each contender whose output for the first input is not as expected by how much."""
+    wrong: dict[str, str] = {}
+    for name, call in calls.items():
+        found = call(0)
+        error = float((found.float() - expected.float()).norm() / expected.float().norm())
+        if not error <= TOLERANCE[expected.dtype]:
+            wrong[name] = f"differs from eager by {error:.1e} of the norm"
+    return wrong
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import moecc
 from benchmarks import llama_mmap, timeline
 from benchmarks.offload_contenders import CONTENDERS, Contender, new_contender, run_accelerate
 from benchmarks.offload_plots import plot
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, stamp, table
 from benchmarks.widened import widen
 from moecc.footprint import other_bytes
 from moecc.generate import Timing, generate
@@ -101,7 +101,7 @@ def main() -> None:
         )
     results = [asdict(row) for row in rows]
     if arguments.json:
-        record = {"machine": machine(), "widen": arguments.widen, "profile": asdict(profile)}
+        record = {**stamp(), "widen": arguments.widen, "profile": asdict(profile)}
         arguments.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)

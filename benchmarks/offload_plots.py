@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moecc.runtime.errors import MissingExtra
+from benchmarks.harness.plots import require
 
 
 def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -12,10 +12,7 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 
     Raises `MissingExtra` without matplotlib.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingExtra("plots need matplotlib: pip install moecc[plot]") from error
+    pyplot = require()
     folder.mkdir(parents=True, exist_ok=True)
     for name, key, label, scale in (
         ("speed", "tokens_per_second", "tokens a second", 1),

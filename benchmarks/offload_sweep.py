@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 import moecc
 from benchmarks.offload import PROMPT, REFERENCE
 from benchmarks.offload_contenders import Contender, new_contender
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, stamp, table
 from benchmarks.widened import widen
 from moecc.footprint import other_bytes
 from moecc.generate import generate
@@ -119,7 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         cells = measure(widen(REFERENCE, Path(folder) / "model", arguments.widen), arguments)
     if arguments.json:
-        record = {"machine": machine(), "widen": arguments.widen, "gpu": GPU}
+        record = {**stamp(), "widen": arguments.widen, "gpu": GPU}
         results = [asdict(cell) for cell in cells]
         arguments.json.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
 

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.harness.plots import require
 from benchmarks.perplexity import ROWS, WINDOW, find_texts
 from benchmarks.rounding import Contender, contenders, missing, scheme_bits
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, stamp, table
 from moecc.budgets import reach_of
 from moecc.calibrate import calibrate
 from moecc.checkpoint.calibration import Calibration
@@ -273,20 +274,15 @@ def _bytes(flat: torch.Tensor, scheme: Scheme) -> int:
 
 def _write(rows: list[Measured], results: Path | None, picture: Path | None) -> None:
     if results:
-        found = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        found = {**stamp(), "rows": [asdict(row) for row in rows]}
         results.write_text(json.dumps(found, indent=1) + "\n")
     if picture:
         plot(rows, picture)
 
 
 def plot(rows: list[Measured], file: Path) -> None:
-    """Draw bits against KL, one panel a model."""
-    try:
-        import matplotlib.pyplot as pyplot
-    except ImportError:
-        raise SystemExit(
-            "a plot needs matplotlib: pip install matplotlib, or leave '--plot' out"
-        ) from None
+    """Draw bits against KL, one panel a model; raises `MissingExtra` without matplotlib."""
+    pyplot = require()
     models = list(dict.fromkeys(row.model for row in rows))
     figure, panels = pyplot.subplots(1, len(models), figsize=(7 * len(models), 5), squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):

@@ -39,7 +39,7 @@ import moecc
 from benchmarks.offload import REFERENCE
 from benchmarks.offload_contenders import Contender, new_contender
 from benchmarks.speculate_table import Row, judge, print_cell
-from benchmarks.timing import machine
+from benchmarks.timing import machine, stamp
 from benchmarks.widened import widen
 from moecc.generate import Difference, Timing, find_difference, generate
 from moecc.lenders import banks_of, bound_to
@@ -137,7 +137,7 @@ def main(given: Sequence[str] | None = None) -> None:
     results = [asdict(row) for row in rows]
     if arguments.json:
         about = {name: getattr(arguments, name) for name in ("widen", "draft", "new_tokens")}
-        record = {"machine": machine(), **about, "results": results}
+        record = {**stamp(), **about, "results": results}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     if arguments.plot:
         from benchmarks.speculate_plots import plot

@@ -4,20 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moecc.runtime.errors import MissingExtra
+from benchmarks.harness.plots import require
 
 _CELL = ("text", "memory", "link", "corrupt")
 
 
 def plot(results: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write speculate.svg; raises `MissingExtra` without matplotlib."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise MissingExtra("plots need matplotlib: pip install matplotlib") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = require()
     cells = list(dict.fromkeys(tuple(row[name] for name in _CELL) for row in results))
     columns = min(4, len(cells))
     rows = -(-len(cells) // columns)

@@ -24,8 +24,8 @@ import torch
 import triton
 
 from benchmarks import static_report
+from benchmarks.swiglu import swiglu_spec
 from moecc.codegen import aot, low_bit
-from moecc.codegen.activation import GATE, UP, apply
 from moecc.codegen.gpus import GPUS
 from moecc.codegen.machine_code import of_kind, size
 from moecc.codegen.router_spec import RouterSpec
@@ -95,19 +95,7 @@ class Row:
 
 def make_spec(weights: str, shape: Mapping[str, int] = SHAPE) -> KernelSpec:
     """Make the spec of a layer with these weights."""
-    spec = KernelSpec(
-        hidden=shape["hidden"],
-        intermediate=shape["intermediate"],
-        experts=shape["experts"],
-        dtype=torch.bfloat16,
-        activation=apply("mul", apply("silu", GATE), UP),
-        gated=True,
-        interleaved=False,
-        transposed=False,
-        down_transposed=False,
-        bias=False,
-        device="cuda",
-    )
+    spec = swiglu_spec(shape, torch.bfloat16, "cuda")
     if weights == "bf16":
         return spec
     schemes = Schemes(first=SCHEMES[weights], second=SCHEMES[weights])

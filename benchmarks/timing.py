@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from benchmarks.harness.machine import commit, now
 from moecc.measuring import (
     PRODUCT,
     alternate,
@@ -13,6 +14,7 @@ from moecc.measuring import (
     plain_read,
     product_rate,
     read_bandwidth,
+    take_turns,
 )
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "plain_read",
     "product_rate",
     "read_bandwidth",
+    "stamp",
     "table",
+    "take_turns",
 ]
 
 _NARROWED = {
@@ -33,6 +37,7 @@ _NARROWED = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "CXXFLAGS": "-march=haswell",
+        "KT_KERNEL_CPU_VARIANT": "avx2",
         # inductor's graph cache does not tell instruction sets apart; a hit from another crashes.
         "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/inductor-avx2-{os.getuid()}",
     }
@@ -45,6 +50,11 @@ def narrow_to(isa: str | None) -> None:
         return
     environment = {**os.environ, **_NARROWED[isa]}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def stamp() -> dict[str, str]:
+    """Give what every record says of itself: machine, date and commit."""
+    return {"machine": machine(), "date": now(), "commit": commit()}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

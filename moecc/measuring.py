@@ -33,7 +33,19 @@ def alternate(
     most: int = 200,
     between: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Return the median seconds of a call of each contender.
+    """Return the median seconds of a call of each contender, as `take_turns` times them."""
+    taken = take_turns(contenders, seconds=seconds, most=most, between=between)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], object]],
+    *,
+    seconds: float,
+    most: int = 200,
+    between: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Return the seconds of each call of each contender.
 
     Contenders are called in turn, so that a slow spell of the machine hits them alike; each gets
     about `seconds` in all, at least one call, at most `most`. A contender is given the number of
@@ -62,7 +74,7 @@ def alternate(
             start = time.perf_counter()
             call(number)
             taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
 
 
 PRODUCT = 2 * 2048**3

@@ -3,16 +3,26 @@
 from argparse import Namespace
 
 import pytest
+import torch
 
-from benchmarks import compile_time, dispatch, kernel_table, kernels, layer, quality_table
+from benchmarks import (
+    compile_time,
+    dispatch,
+    kernel_table,
+    kernels,
+    layer,
+    onnx_layer,
+    quality_table,
+)
 from benchmarks.rounding import scheme_bits
 from moecc.runtime.schemes.scheme import FP8_BLOCKS, INT8, int4
+
+TINY = {"hidden": 64, "intermediate": 32, "experts": 8, "active": 2}
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_kernels_are_timed_beside_the_roofs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = {"hidden": 64, "intermediate": 32, "experts": 8, "active": 2}
-    monkeypatch.setitem(layer.SHAPES, "tiny", shape)
+    monkeypatch.setitem(layer.SHAPES, "tiny", TINY)
     arguments = Namespace(shape="tiny", tokens="1,8", seconds=0.001, busy=False)
     rows = list(kernels.measure(kind, arguments))
     ours = {row.tokens: row for row in rows if row.contender == "moecc"}
@@ -82,3 +92,25 @@ def test_compile_times_stand_beside_those_of_plain_inductor() -> None:
     _, plain, ours = compile_time.cells(compile_time.median(rows))
     assert plain[:3] == ["inductor, cold", "2.0 (1.00x)", "2.0 (1.00x)"]
     assert (ours[0], ours[1], ours[-2]) == ("moecc, cold", "1.0 (0.50x)", "3.0000 (1.50x)")
+
+
+def test_a_layer_whose_output_is_another_has_no_time() -> None:
+    expected = torch.randn(4, 64)
+    calls = {
+        "rounded": lambda _: expected * (1 + 1e-6),
+        "wrong": lambda _: expected * 1.01,
+        "broken": lambda _: expected * float("nan"),
+    }
+    found = layer.check(calls, expected)
+    assert found.keys() == {"wrong", "broken"}
+    assert found["wrong"] == "differs from eager by 1.0e-02 of the norm"
+
+
+@pytest.mark.skipif(not onnx_layer.installed(), reason="needs pip install moecc[onnx]")
+def test_onnxruntime_computes_the_same_layer() -> None:
+    made = layer.make_layer(TINY, torch.float32)
+    run = onnx_layer.build(made.gate_up_proj, made.down_proj, 2, 1)
+    for tokens in (1, 9):
+        batch = layer.make_inputs(made, tokens)[0]
+        with torch.no_grad():
+            assert layer.check({"onnxruntime": lambda _, b=batch: run(*b)}, made(*batch)) == {}

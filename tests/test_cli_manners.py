@@ -183,10 +183,30 @@ def test_a_benchmark_is_listed_and_run_with_its_own_options(
     )
     (folder / "shared.py").write_text('"""Hold what others share."""\n')
     assert status(monkeypatch, "bench") == 0
-    assert capfd.readouterr().out == "one  Time nothing.\n"
+    assert capfd.readouterr().out == "Programs\n  one  Time nothing.\n"
     assert status(monkeypatch, "bench", "--json") == 0
     check(json.loads(capfd.readouterr().out), RESULTS["bench"])
     assert status(monkeypatch, "bench", "one", "--json", "file", "--help") == 3
     assert capfd.readouterr().out == "['--json', 'file', '--help']\n"
     assert status(monkeypatch, "bench", "shared") == 2
     assert "no benchmark 'shared'; there are ['one']" in capfd.readouterr().err
+
+
+def test_a_suite_is_listed_before_programs_and_run_by_the_harness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "benchmarks"
+    monkeypatch.setattr(bench_cli, "FOLDER", folder)
+    (folder / "scenarios").mkdir(parents=True)
+    (folder / "harness").mkdir()
+    for package in (folder, folder / "harness"):
+        (package / "__init__.py").touch()
+    (folder / "harness" / "__main__.py").write_text("import sys; print(sys.argv[1:])\n")
+    (folder / "scenarios" / "one.toml").write_text('about = "Time a lot."\n')
+    (folder / "scenarios" / "contenders.toml").write_text('[moecc]\ncommand = ""\n')
+    (folder / "one.py").write_text('"""Time nothing."""\nif __name__ == "__main__":\n    1 / 0\n')
+    assert status(monkeypatch, "bench") == 0
+    told = capfd.readouterr().out
+    assert told == "Suites\n  one  Time a lot.\n  all  Run all suites.\n"
+    assert status(monkeypatch, "bench", "one", "--quick", "--json", "file") == 0
+    assert capfd.readouterr().out == "['one', '--quick', '--json', 'file']\n"
