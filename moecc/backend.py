@@ -24,6 +24,7 @@ from moecc.records import Record
 from moecc.runtime.errors import InputError, StrictError
 from moecc.runtime.offload.bank import is_lent
 from moecc.runtime.offload.stand_in import is_stand_in, lender_of
+from moecc.watching import Watch
 
 _LEAST_CHUNK = 2**14
 """Elements of a loop of inductor's that are worth a thread, some microseconds of work: waking one
@@ -45,6 +46,7 @@ def moecc(
     Raises `OptionError` for bad options, `StrictError` when `strict` forbids a fallback.
     """
     chosen = Options.parse(options)
+    watch = Watch(inner=chosen.inner, compiler=_inner(chosen.inner, mode))
     tensors: list[torch.Tensor] = [
         value for value in example_inputs if isinstance(value, torch.Tensor)
     ]
@@ -62,11 +64,11 @@ def moecc(
     if chosen.strict and (refused := [note for note in notes if note.fallback]):
         listed = "; ".join(f"{note.where}: {note.why}" for note in refused)
         raise StrictError(f"strict=True and capture had to leave things alone: {listed}")
-    record = Record.of(result, chosen, tensors, notes)
-    compiler = _inner(chosen.inner, mode)
-    if result.program.callees:
-        return record.count(compile_pieces(gm, compiler))
-    return record.count(compiler(gm, example_inputs))
+    record = Record.of(result, chosen, tensors, notes, watch)
+    with watch.telling(chosen.progress):
+        if result.program.callees:
+            return record.count(compile_pieces(gm, watch))
+        return record.count(watch.compile(gm, example_inputs))
 
 
 def _lent(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:

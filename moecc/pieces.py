@@ -19,11 +19,10 @@ from moecc.passes.repeats.borders import computed
 from moecc.passes.repeats.extract import extract, replace_by_call
 from moecc.passes.repeats.windows import Facts, value_of, window
 from moecc.passes.sizes import expression, known
+from moecc.watching import Watch
 
-Compiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
-
-def compile_pieces(gm: GraphModule, compiler: Compiler) -> Callable[..., Any]:
+def compile_pieces(gm: GraphModule, watch: Watch) -> Callable[..., Any]:
     """Compile the callees of a graph and what lies between them, each as one piece."""
     graph = gm.graph
     facts = Facts.read(graph)
@@ -33,11 +32,15 @@ def compile_pieces(gm: GraphModule, compiler: Compiler) -> Callable[..., Any]:
         gm.add_submodule(name, extract(rest))
         replace_by_call(rest, partial(graph.call_module, name))
     compiled: dict[str, tuple[list[Any], Callable[..., Any]]] = {}
-    for node in graph.find_nodes(op="call_module"):
+    calls = graph.find_nodes(op="call_module")
+    ahead = {str(node.target): len(_piece(gm, node).graph.nodes) for node in calls}
+    for node in calls:
         name, inputs = str(node.target), [value_of(cast(Node, one)) for one in node.args]
         if name not in compiled or not _guarded_alike(compiled[name][0], inputs):
-            piece = cast(GraphModule, gm.get_submodule(name))
-            compiled[name] = inputs, _compile(piece, inputs, compiler)
+            ahead.pop(name, None)
+            examples = [*map(_example, inputs)]
+            run = watch.compile(_piece(gm, node), examples, name, [*ahead.values()])
+            compiled[name] = inputs, _named(run)
         node.op, node.target = "call_function", compiled[name][1]
     return GraphModule(gm, graph).forward
 
@@ -54,9 +57,11 @@ def _is_call(node: Node) -> bool:
     return isinstance(source, Node) and source.op == "call_module"
 
 
-def _compile(piece: GraphModule, inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
-    compiled = compiler(piece, [*map(_example, inputs)])
+def _piece(gm: GraphModule, call: Node) -> GraphModule:
+    return cast(GraphModule, gm.get_submodule(str(call.target)))
 
+
+def _named(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:  # what a graph calls has a name
         return compiled(*args)
 

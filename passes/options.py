@@ -46,6 +46,8 @@ class Options:
     outline: bool | Literal["auto"] = "auto"
     """Layers that repeat are compiled once; auto is where that saves a third of the compilation."""
     inner: str = "inductor"
+    progress: bool | Literal["auto"] = "auto"
+    """Tell on stderr what the inner backend compiles; auto is on a terminal."""
     strict: bool = False
 
     def schemes(self, path: str) -> Schemes | None:
@@ -180,10 +182,13 @@ def _lookahead(value: Any) -> Any:
     raise _bad("lookahead", value, "'auto' or a number of layers, 0 for none")
 
 
-def _outline(value: Any) -> Any:
-    if value == "auto" or isinstance(value, bool):
-        return value
-    raise _bad("outline", value, "True, False or 'auto'")
+def _flag_or_auto(key: str) -> Any:
+    def check(value: Any) -> Any:
+        if value == "auto" or isinstance(value, bool):
+            return value
+        raise _bad(key, value, "True, False or 'auto'")
+
+    return check
 
 
 def _trace(value: Any) -> str | None:
@@ -229,7 +234,8 @@ _CHECKS: dict[str, Any] = {
     "kernels": _one_of("kernels", EMITTERS),
     "dense_linears": _dense_linears,
     "attention": _flag("attention"),
-    "outline": _outline,
+    "outline": _flag_or_auto("outline"),
     "inner": _inner,
+    "progress": _flag_or_auto("progress"),
     "strict": _flag("strict"),
 }

@@ -14,6 +14,7 @@ from moecc.passes.outline_layers import outline_layers
 from moecc.passes.pipeline import Result, run
 from moecc.passes.text import graph_diff
 from moecc.pieces import compile_pieces
+from moecc.watching import Watch
 from tests.models import HIDDEN, capture, relative_error
 
 ON = Options(outline=True)
@@ -224,7 +225,7 @@ def test_each_piece_is_compiled_once_with_the_symbols_of_the_whole(
 
     def inner(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         run(Program(gm=gm), ON, (outline_layers,))
-        return compile_pieces(gm, compiler)
+        return compile_pieces(gm, Watch(inner="own", compiler=compiler))
 
     model = stack(*(Layer() for _ in range(4)), nn.Linear(HIDDEN, 4))
     compiled = torch.compile(model, backend=inner, dynamic=True)
