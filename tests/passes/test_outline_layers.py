@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 import moecc
-from moecc import backend
+from moecc.inner import why_whole
 from moecc.passes.ir import Callee, Program
 from moecc.passes.options import Options
 from moecc.passes.outline_layers import outline_layers
@@ -237,7 +237,7 @@ def test_each_piece_is_compiled_once_with_the_symbols_of_the_whole(
 
 
 def test_modes_that_record_cuda_graphs_keep_the_graph_whole() -> None:
-    assert backend._why_whole("inductor", "reduce-overhead", on_gpu=True)
-    assert not backend._why_whole("inductor", "reduce-overhead", on_gpu=False)
-    assert not backend._why_whole("inductor", None, on_gpu=True)
-    assert "may need tensors with values" in backend._why_whole("tvm", None, on_gpu=False)
+    assert why_whole("inductor", "reduce-overhead", on_gpu=True)
+    assert not why_whole("inductor", "reduce-overhead", on_gpu=False)
+    assert not why_whole("inductor", None, on_gpu=True)
+    assert "may need tensors with values" in why_whole("tvm", None, on_gpu=False)
