@@ -1,8 +1,9 @@
 """The inner backend: how it is called, when it has to see a whole graph, what its cache depends on.
 
 Inductor keeps what it compiles by the graph, torch's version and its own settings. What our
-operators mean to it (shapes, strides, what they write to) is ours to add: a fingerprint of their
-definitions is one of the settings, so that no other version's graph is taken for this one's.
+operators mean to it (shapes, strides, what they write to) is ours to add, and the CPU, whose
+instructions its loops are written in: a fingerprint of both is one of the settings, so that nothing
+compiled by another version or for another CPU is taken.
 """
 
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._dynamo import lookup_backend
 
 from moecc import __version__, runtime
+from moecc.codegen.native.build import cpu_identity
 
 _LEAST_CHUNK = 2**14
 """Elements of a loop of inductor's that are worth a thread, some microseconds of work: waking one
@@ -53,8 +56,8 @@ def why_whole(inner: str, mode: str | None, on_gpu: bool) -> str:
 
 @cache
 def fingerprint() -> str:
-    """Give a digest of the code that says what our operators are, and of our version."""
+    """Give a digest of our version, the code that says what our operators are, and the CPU."""
     files = sorted(Path(str(runtime.__file__)).parent.glob("*.py"))
-    return sha256(
-        b"\0".join([__version__.encode(), *(one.read_bytes() for one in files)])
-    ).hexdigest()
+    told = (__version__, cpu_identity(), torch.backends.cpu.get_cpu_capability())
+    parts = (*(one.encode() for one in told), *(one.read_bytes() for one in files))
+    return sha256(b"\0".join(parts)).hexdigest()

@@ -69,7 +69,7 @@ def test_another_model_is_not_taken(compiled_once: object) -> None:
     assert compile_anew(2 * HIDDEN) == (0, 1)
 
 
-def test_the_fingerprint_is_that_of_our_version_and_operators(
+def test_the_fingerprint_is_that_of_our_version_our_operators_and_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken() -> str:
@@ -78,13 +78,18 @@ def test_the_fingerprint_is_that_of_our_version_and_operators(
 
     own = taken()
     with monkeypatch.context() as patch:
-        patch.setattr(inner, "__version__", "another")
-        assert taken() != own
+        for name, other in (("__version__", "another"), ("cpu_identity", lambda: "another")):
+            with monkeypatch.context() as one_thing:
+                one_thing.setattr(inner, name, other)
+                assert taken() != own
+        with monkeypatch.context() as one_thing:
+            one_thing.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+            assert taken() != own
         patch.setattr(inner.runtime, "__file__", str(tmp_path / "__init__.py"))
         (tmp_path / "ops.py").write_text("one\n")
-        one = taken()
+        first = taken()
         (tmp_path / "ops.py").write_text("other\n")
-        assert taken() != one
+        assert taken() != first
     assert taken() == own
 
 
