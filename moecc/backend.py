@@ -42,13 +42,14 @@ def moecc(
     Raises `OptionError` for bad options, `StrictError` when `strict` forbids a fallback.
     """
     chosen = Options.parse(options)
-    watch = Watch(inner=chosen.inner, compiler=inner_compiler(chosen.inner, mode))
     tensors: list[torch.Tensor] = [
         value for value in example_inputs if isinstance(value, torch.Tensor)
     ]
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     trains = wants_grad or _switches_gradients_on(gm)
     on_gpu = any(value.is_cuda for value in tensors)
+    compiler = inner_compiler(chosen.inner, mode, on_gpu)
+    watch = Watch(inner=chosen.inner, compiler=compiler)
     whole = why_whole(chosen.inner, mode, on_gpu)
     program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs), whole=whole)
     result = run(program, chosen, keep_text=dump.wants_text())

@@ -6,7 +6,7 @@ instructions its loops are written in: a fingerprint of both is one of the setti
 compiled by another version or for another CPU is taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch._dynamo import lookup_backend
+from torch.fx import GraphModule
 
 from moecc import __version__, runtime
 from moecc.codegen.native.build import cpu_identity
+from moecc.vector_isa import find_vector_isa
 
 _LEAST_CHUNK = 2**14
 """Elements of a loop of inductor's that are worth a thread, some microseconds of work: waking one
@@ -25,7 +27,7 @@ _TAKES_FAKES = ("eager", "aot_eager", "inductor")
 """Inner backends that compile for fake tensors, as a part's inputs are while nothing has run."""
 
 
-def inner_compiler(name: str, mode: str | None) -> Callable[..., Callable[..., Any]]:
+def inner_compiler(name: str, mode: str | None, on_gpu: bool) -> Callable[..., Callable[..., Any]]:
     """Look the inner backend up; inductor has torch.compile's mode as options."""
     compiler: Callable[..., Callable[..., Any]] = lookup_backend(name)
     if name != "inductor":
@@ -37,7 +39,16 @@ def inner_compiler(name: str, mode: str | None) -> Callable[..., Callable[..., A
         "unsafe_marked_cacheable_functions": config.unsafe_marked_cacheable_functions
         | {"torch.ops.moecc": fingerprint()},
     }
-    return partial(compiler, config_patches=ours | (list_mode_options(mode) if mode else {}))
+    patches = ours | (list_mode_options(mode) if mode else {})
+    return partial(compiler if on_gpu else _probed(compiler), config_patches=patches)
+
+
+def _probed(compiler: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    def compile_on_cpu(gm: GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        find_vector_isa()
+        return compiler(gm, inputs, **settings)
+
+    return compile_on_cpu
 
 
 def why_whole(inner: str, mode: str | None, on_gpu: bool) -> str:

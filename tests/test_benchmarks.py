@@ -89,7 +89,7 @@ def test_compile_times_stand_beside_those_of_plain_inductor() -> None:
     assert lines[0][-3:] == ["3.00", "1.00", "0.50"]
 
 
-QUICK = compile_time.Model(family="qwen3_moe", layers=4, hidden=64, quick=True)
+QUICK = compile_time.Model(family="qwen3_moe", layers=2, hidden=64, quick=True)
 
 
 def test_the_parts_of_a_compilation_add_up() -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch._inductor import codecache
+from torch._inductor import codecache, cpu_vec_isa
 from torch._inductor.utils import fresh_cache
 
-from moecc import inner
+from moecc import inner, vector_isa
 from moecc.codegen.native import build
 from tests.models import HIDDEN, tokens
 
@@ -111,6 +111,34 @@ def test_a_library_is_kept_by_all_that_decides_its_content(
         libraries.append(build.build(TINY, compiler))
     assert len({*libraries}) == len(libraries)
     assert build.build(TINY, compiler) == libraries[0]
+
+
+def test_instruction_sets_that_worked_are_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def probe(_: Any, code: str) -> bool:
+        tried.append(code)
+        return code != "broken"
+
+    def tries(code: str) -> int:
+        """Find instruction sets as a new process would, and count the probes."""
+        monkeypatch.setattr(
+            cpu_vec_isa, "valid_vec_isa_list", lambda: cpu_vec_isa.VecAVX2().check_build(code)
+        )
+        before = len(tried)
+        vector_isa.find_vector_isa.__wrapped__()
+        return len(tried) - before
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", probe)
+    assert [tries("one"), tries("one"), tries("other"), tries("other")] == [1, 0, 1, 0]
+    assert [tries("broken"), tries("broken")] == [1, 1], "a compiler may be installed meanwhile"
+    monkeypatch.setattr(vector_isa, "cpu_identity", lambda: "another")
+    assert tries("one") == 1
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert [tries("one"), tries("one")] == [1, 0]
 
 
 RACER = """
