@@ -48,9 +48,10 @@ def moecc(
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     trains = wants_grad or _switches_gradients_on(gm)
     on_gpu = any(value.is_cuda for value in tensors)
-    compiler = inner_compiler(chosen.inner, mode, on_gpu)
-    watch = Watch(inner=chosen.inner, compiler=compiler)
-    whole = why_whole(chosen.inner, mode, on_gpu)
+    auto = chosen.inner == "auto"
+    inner = "inductor" if auto else chosen.inner
+    watch = Watch(inner=inner, compiler=inner_compiler(inner, mode, on_gpu), auto=auto)
+    whole = why_whole(inner, mode, on_gpu)
     program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs), whole=whole)
     result = run(program, chosen, keep_text=dump.wants_text())
     _refuse_other_schemes(result.program, example_inputs, chosen)

@@ -118,7 +118,8 @@ def print_times(graph: GraphReport, console: Console) -> None:
         table.add_row(f"pass {step['name']}", f"{step['milliseconds'] / 1e3:.2f}")
     calls = {one["name"]: f", called {len(one['paths'])} times" for one in graph.callees}
     for piece in made["pieces"]:
-        about = f"{made['inner']}, {piece['name']}: {piece['nodes']} nodes"
+        by = made["inner"] if piece["eager"] is None else "eager"
+        about = f"{by}, {piece['name']}: {piece['nodes']} nodes"
         table.add_row(about + calls.get(piece["name"], ""), f"{piece['seconds']:.2f}")
     console.print(table)
     console.print(f"memory: {made['resident']:.2f} GB before, {made['peak']:.2f} GB at its peak")
@@ -144,6 +145,10 @@ def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
     if callees:
         console.print("layers compiled once")
         _print_list(callees, console)
+    left = dict.fromkeys(text for graph in graphs if (text := _eager_text(graph)))
+    if left:
+        console.print("not compiled, as little of a call (inner='auto')")
+        _print_list(left, console)
     misses = [f"{miss['where']}: {miss['why']}" for graph in graphs for miss in graph.misses]
     if misses:
         console.print("left alone")
@@ -185,6 +190,12 @@ def _callee_text(callee: dict[str, Any]) -> str:
     paths = callee["paths"]
     cuts = f", not fused across: {', '.join(callee['severed'])}" if callee["severed"] else ""
     return f"{paths[0]} to {paths[-1]}: {len(paths)} times {callee['nodes']} nodes{cuts}"
+
+
+def _eager_text(graph: GraphReport) -> str:
+    """Name what `inner="auto"` left as it is in a graph, if there is something."""
+    pieces = [piece for piece in graph.compilation["pieces"] if piece["eager"] is not None]
+    return ", ".join(f"{one['name']} {one['eager']:.1%}" for one in pieces)
 
 
 def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:

@@ -38,8 +38,9 @@ class GraphReport:
     misses: tuple[dict[str, Any], ...]
     """where, why, fallback, node, source"""
     compilation: dict[str, Any]
-    """tracing: seconds that Dynamo took to the graph, or None; inner, pieces (name, nodes, seconds:
-    of the inner backend), resident, peak: GB of the process before, and the most until then"""
+    """tracing: seconds that Dynamo took to the graph, or None; inner, pieces (name, nodes, seconds,
+    eager: its share of a call if it is left as it is, or None), resident, peak: GB of the process
+    before, and the most until then"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,8 @@ class Piece:
     """A callee's, that of what lies between callees, or `graph` for a whole one."""
     nodes: int
     seconds: float
+    eager: float | None = None
+    """The share of a call that it is, if it is so small that it runs as it is (`inner="auto"`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Watch:
 
     inner: str
     compiler: Compiler
+    auto: bool = False
+    """Pieces that hardly count may run as they are."""
     tracing: float | None = field(default_factory=lambda: _traced())
     """Seconds that Dynamo took to the graph; None where torch does not say."""
     resident: float = field(default_factory=lambda: _resident())
@@ -55,14 +59,23 @@ class Watch:
                 yield
 
     def compile(
-        self, gm: GraphModule, inputs: Sequence[Any], name: str = "graph", ahead: Sequence[int] = ()
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        name: str = "graph",
+        ahead: Sequence[int] = (),
+        eager: float | None = None,
     ) -> Callable[..., Any]:
-        """Have a piece compiled; `ahead` are the nodes of each that is still to come."""
+        """Have a piece compiled; `ahead` are the nodes of each that is still to come.
+
+        One that is said to be so small a share of a call as `eager` is left as it is.
+        """
         nodes = len(gm.graph.nodes)
         self._tell(self._line(name, nodes, ahead))
         start = perf_counter()
-        compiled = self.compiler(gm, inputs)
-        self.pieces.append(Piece(name=name, nodes=nodes, seconds=perf_counter() - start))
+        compiled = self.compiler(gm, inputs) if eager is None else gm.forward
+        took = perf_counter() - start
+        self.pieces.append(Piece(name=name, nodes=nodes, seconds=took, eager=eager))
         # Linux counts in KiB, macOS in bytes.
         unit = 1 if sys.platform == "darwin" else 1024
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -46,6 +46,7 @@ class Options:
     outline: bool | Literal["auto"] = "auto"
     """Layers that repeat are compiled once; auto is where that saves a third of the compilation."""
     inner: str = "inductor"
+    """Auto is inductor for layers, and nothing for what is a small share of a call beside them."""
     progress: bool | Literal["auto"] = "auto"
     """Tell on stderr what the inner backend compiles; auto is on a terminal."""
     strict: bool = False
@@ -210,9 +211,10 @@ def _inner(value: Any) -> str:
     import torch
 
     backends = torch.compiler.list_backends(exclude_tags=())
-    if isinstance(value, str) and value in backends and value != "moecc":
+    allowed = ["auto", *(name for name in backends if name != "moecc")]
+    if isinstance(value, str) and value in allowed:
         return value
-    raise _bad("inner", value, f"a registered backend: {[b for b in backends if b != 'moecc']}")
+    raise _bad("inner", value, f"auto or a registered backend: {allowed}")
 
 
 def _flag(key: str) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 
 import moecc
 from moecc import inspection, terminal
+from moecc.records import all_records
 from moecc.render import print_times
 from moecc.runtime.errors import OptionError
 from moecc.watching import Piece, Watch
@@ -95,6 +96,12 @@ def test_times_are_printed_pass_by_pass_and_piece_by_piece() -> None:
     assert "pass outline_layers" in lines
     assert "eager, layer0: 11 nodes, called 4 times" in lines
     assert lines[-1].startswith("memory: ")
+
+
+def test_the_report_names_what_auto_left_as_it_is() -> None:
+    model = compiled()
+    all_records()[-1].watch.pieces[0] = Piece(name="between0", nodes=5, seconds=0.0, eager=0.021)
+    assert "  - between0 2.1%\n" in str(moecc.report(model))
 
 
 def test_a_model_without_weights_cannot_be_timed_with_inductor() -> None:

@@ -236,6 +236,71 @@ def test_each_piece_is_compiled_once_with_the_symbols_of_the_whole(
     assert all(isinstance(shapes[0][0], torch.SymInt) for _, shapes in seen)
 
 
+class Reading(nn.Module):
+    """Layers that read caches, each of a length of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = stack(*(Layer() for _ in range(3)))
+
+    def forward(self, x: torch.Tensor, *caches: torch.Tensor) -> torch.Tensor:
+        for layer, cache in zip(self.layers, (x, *caches), strict=True):
+            x = layer(x) + cache.sum(0)
+        return x
+
+
+@pytest.mark.parametrize(("lengths", "compiled"), [((10, 12, 11), 1), ((10, 12, 5), 2)])
+def test_a_layer_for_which_a_guard_does_not_hold_is_compiled_for_itself(
+    lengths: tuple[int, ...], compiled: int
+) -> None:
+    graphs: list[Watch] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        long = [bool(one > 8) for one in inputs if isinstance(one, torch.SymInt)]
+        return lambda *args: (assert_(long, args), gm.forward(*args))[1]
+
+    def assert_(long: list[bool], args: Sequence[Any]) -> None:
+        assert long == [one > 8 for one in args if isinstance(one, int)], "what it is compiled for"
+
+    def inner(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        run(Program(gm=gm), ON, (outline_layers,))
+        graphs.append(Watch(inner="own", compiler=compiler))
+        return compile_pieces(gm, graphs[-1])
+
+    model = Reading()
+    call = torch.compile(model, backend=inner, dynamic=True)
+    with torch.no_grad():
+        for caches in (lengths, (10, 12, 11), (10, 12, 5)):
+            inputs = rows(9), *map(rows, caches)
+            torch.testing.assert_close(call(*inputs), model(*inputs))
+    first, *_ = graphs
+    assert [one.name for one in first.pieces].count("layer0") == compiled
+    assert len(graphs) == 2, "guards of all layers are guards of the graph"
+
+
+def test_auto_leaves_what_is_little_beside_the_layers_as_it_is() -> None:
+    compiled: list[int] = []
+
+    def compiler(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        compiled.append(len(gm.graph.nodes))
+        return gm.forward
+
+    watch = Watch(inner="own", compiler=compiler, auto=True)
+
+    def inner(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        run(Program(gm=gm), ON, (outline_layers,))
+        return compile_pieces(gm, watch)
+
+    model = stack(*(Layer() for _ in range(8)), nn.Linear(HIDDEN, 4), nn.ReLU())
+    with torch.no_grad():
+        got = torch.compile(model, backend=inner, dynamic=True)(x := rows())
+        torch.testing.assert_close(got, model(x))
+    assert [(one.name, one.eager and round(one.eager, 3)) for one in watch.pieces] == [
+        ("between0", 0.023), ("layer0", None), ("between1", None)
+    ], "1, 8 times 5 and 2 operations: with the last two it would be more than 3 %"  # fmt: skip
+    assert len(compiled) == 2
+
+
 def test_modes_that_record_cuda_graphs_keep_the_graph_whole() -> None:
     assert why_whole("inductor", "reduce-overhead", on_gpu=True)
     assert not why_whole("inductor", "reduce-overhead", on_gpu=False)
