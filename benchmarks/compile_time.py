@@ -4,13 +4,14 @@
     python -m benchmarks.compile_time --calls --layers 6 --hidden 1024
     python -m benchmarks.compile_time --quick
 
-Contenders are plain inductor, moecc with layers compiled once, and moecc with the graph whole. Each
-compiles in a process of its own with an empty cache folder, then in a second process with the
-folder of the first. They take turns, `--rounds` times, medians count. `Dynamo` is what is left of
-a call when the backend's time is taken away, the call itself included; `kernels` are the passes
-that build moecc's own, `passes` the others; `inner` is the inner backend and its compiler.
+Contenders are plain inductor, and moecc with layers compiled once, with `inner="auto"` beside that,
+and with the graph whole. Each compiles in a process of its own with an empty cache folder, then in
+a second process with the folder of the first. They take turns, `--rounds` times, medians count.
+`Dynamo` is what is left of a call when the backend's time is taken away, the call itself included;
+`kernels` are the passes that build moecc's own, `passes` the others; `inner` is the inner backend
+and its compiler.
 
-`--calls` compiles pieces and the whole in one process and alternates their calls: what a cut costs.
+`--calls` compiles with moecc in these three ways in one process and alternates their calls: what a cut costs.
 `--quick` has no inductor and no kernels to build, and says only that all of this works.
 """
 
@@ -30,7 +31,7 @@ from typing import Any
 
 from benchmarks.timing import alternate, machine, table
 
-CONTENDERS = ("inductor", "moecc", "moecc whole")
+CONTENDERS = ("inductor", "moecc", "moecc auto", "moecc whole")
 LENGTHS = (16, 24)
 """Tokens of the first prompt and of the second."""
 KINDS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -163,7 +164,8 @@ def compiled(contender: str, model: Model, **how: Any) -> Any:
     """Give a model as a contender compiles it."""
     import torch
 
-    options: dict[str, Any] = {"outline": contender == "moecc"}
+    options: dict[str, Any] = {"outline": contender != "moecc whole"}
+    options |= {"inner": "auto"} if contender == "moecc auto" else {}
     options |= {"inner": "eager", "kernels": "torch"} if model.quick else {}
     own = {} if contender == "inductor" else {"options": options}
     return torch.compile(make(model), backend=contender.split()[0], **own, **how)
@@ -281,11 +283,11 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def calls_cells(times: dict[str, dict[str, float]]) -> list[list[str]]:
     """Lay the calls of pieces beside those of the whole, in milliseconds."""
-    lines = [["milliseconds", *times, ""]]
+    lines = [["milliseconds", *times]]
     for what in ("prefill", "decode"):
-        pieces, whole = (times[name][what] for name in CONTENDERS[1:])
-        ratio = f"{pieces / whole:.2f}x"
-        lines.append([what, f"{pieces * 1e3:.3f}", f"{whole * 1e3:.3f}", ratio])
+        whole = times["moecc whole"][what]
+        took = [one[what] for one in times.values()]
+        lines.append([what, *(f"{one * 1e3:.3f} ({one / whole:.3f}x)" for one in took)])
     return lines
 
 
