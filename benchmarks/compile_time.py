@@ -1,7 +1,7 @@
 """Time compiling: the first call, another prompt length, a warm second process, and the calls.
 
     python -m benchmarks.compile_time --family qwen3_moe,gpt_oss --layers 24,48 --json FILE
-    python -m benchmarks.compile_time --calls --layers 6 --hidden 1024
+    python -m benchmarks.compile_time --calls --layers 8 --hidden 1024
     python -m benchmarks.compile_time --quick
 
 Contenders are plain inductor, and moecc with layers compiled once, with `inner="auto"` beside that,
@@ -11,7 +11,7 @@ a second process with the folder of the first. They take turns, `--rounds` times
 `kernels` are the passes that build moecc's own, `passes` the others; `inner` is the inner backend
 and its compiler.
 
-`--calls` compiles with moecc in these three ways in one process and alternates their calls: what a cut costs.
+`--calls` compiles with moecc in these three ways in one process and alternates their calls.
 `--quick` has no inductor and no kernels to build, and says only that all of this works.
 """
 
