@@ -278,6 +278,56 @@ def test_a_layer_for_which_a_guard_does_not_hold_is_compiled_for_itself(
     assert len(graphs) == 2, "guards of all layers are guards of the graph"
 
 
+class Settings(nn.Module):
+    """Layers that scale by numbers of their own, and by one that is given."""
+
+    def __init__(self, *scales: float) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Linear(HIDDEN, HIDDEN), nn.ModuleList(map(Held, scales))
+
+    def forward(self, x: torch.Tensor, by: float | None = None) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x) if by is None else layer(x) * by
+        return x
+
+
+class Held(Layer):
+    """Scales by a number that it holds."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_numbers_of_modules_are_constants_where_all_is_dynamic() -> None:
+    model = Settings(0.5, 0.5, 0.5, 0.25, 0.25)
+    asked = {"inner": "aot_eager", "outline": True}
+    call = torch.compile(model, backend="moecc", dynamic=True, fullgraph=True, options=asked)
+    with torch.no_grad():
+        for scale in (0.5, 2.0):
+            model.layers[0].scale = scale
+            torch.testing.assert_close(call(x := rows()), model(x))
+    first, second = moecc.report(model).graphs
+    assert [len(one["paths"]) for one in first.callees] == [3, 2], "another number, another layer"
+    assert second.callees
+
+
+def test_a_number_that_changes_from_call_to_call_keeps_the_graph_whole() -> None:
+    model = Settings(0.5, 0.5, 0.5)
+    asked = {"inner": "aot_eager", "outline": True}
+    call = torch.compile(model, backend="moecc", fullgraph=True, options=asked)
+    with torch.no_grad():
+        for by in (0.3, 0.7, 0.9):
+            torch.testing.assert_close(call(x := rows(), by), model(x, by))
+    first, second = moecc.report(model).graphs
+    assert first.callees
+    assert second.passes[-1]["note"] == "off: a number that it reads may change from call to call"
+
+
 def test_auto_leaves_what_is_little_beside_the_layers_as_it_is() -> None:
     compiled: list[int] = []
 
