@@ -21,7 +21,8 @@ def compile(
     A module is compiled in place and given back, so that its own `generate` runs compiled too; of
     a function the compiled one is. One graph then serves prompts of every length and one decodes,
     in whatever order lengths come. A size of 1 is torch's own exception: what it is 1 in is
-    compiled apart, a batch of one and a single token among that.
+    compiled apart, a batch of one and a single token among that. Floats are constants: another
+    value compiles anew, unless it is given as a tensor.
 
     `options` are those of `moecc.Options`, the rest are torch.compile's. Raises `OptionError`.
     """

@@ -74,3 +74,15 @@ def test_a_function_is_given_back_compiled() -> None:
 def test_refuses_options_as_torch_compile_does() -> None:
     with pytest.raises(moecc.MoeccError, match="outlines"):
         moecc.compile(BatchedMoe(), options={"outlines": True})
+
+
+def test_layers_are_compiled_once_for_every_length() -> None:
+    plain = tiny_model("qwen3_moe", num_hidden_layers=4, use_cache=False)
+    model: Any = tiny_model("qwen3_moe", num_hidden_layers=4, use_cache=False)
+    moecc.compile(model, options=PLAIN | {"inner": "aot_eager", "outline": True}, fullgraph=True)
+    with torch.no_grad():
+        for length in (7, 11):
+            ids = torch.arange(3, 3 + length).unsqueeze(0)
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    (graph,) = moecc.report(model).graphs
+    assert [len(one["paths"]) for one in graph.callees] == [4]
