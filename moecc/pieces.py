@@ -26,6 +26,9 @@ _SELDOM = 0.03
 """The share of a call that `inner="auto"` leaves as it is: what a cut may cost at run time."""
 _CALL = 2**14
 """Elements that are written in the time that a call of an operator takes, some microseconds."""
+_EAGER = 3
+"""What an operation that is left as it is costs beside one of a compiled layer: 61 of them took
+0.83 ms more than compiled, in a call of 11.7 ms with 2,500 (`docs/decisions/0032`)."""
 
 
 def compile_pieces(gm: GraphModule, watch: Watch) -> Callable[..., Any]:
@@ -66,17 +69,16 @@ def _is_call(node: Node) -> bool:
 
 
 def _seldom(gm: GraphModule, calls: Sequence[Node]) -> dict[str, float]:
-    """Give the pieces that together are `_SELDOM` of a call, and the share of each.
+    """Give the pieces that together take `_SELDOM` of a call as they are, and the share of each.
 
-    No compiler saves more of them than their calls and what these write. Products count as no
-    more than what they write, which makes the shares too large.
+    Products count as no more than what they write, which makes the shares too large.
     """
     times = Counter(str(node.target) for node in calls)
     pieces = {name: cast(GraphModule, gm.get_submodule(name)) for name in times}
     costs = {
         name: sum(map(_cost, computed(one.graph))) * times[name] for name, one in pieces.items()
     }
-    shares = {name: cost / sum(costs.values()) for name, cost in costs.items()}
+    shares = {name: _EAGER * cost / sum(costs.values()) for name, cost in costs.items()}
     cheapest = sorted(shares, key=lambda name: shares[name])
     sums = accumulate(shares[name] for name in cheapest)
     small = sum(one <= _SELDOM for one in sums)
@@ -84,7 +86,7 @@ def _seldom(gm: GraphModule, calls: Sequence[Node]) -> dict[str, float]:
 
 
 def _cost(node: Node) -> float:
-    """Give what a node takes at its most, in calls of an operator."""
+    """Give what a node takes, in calls of an operator."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return 1

@@ -341,13 +341,13 @@ def test_auto_leaves_what_is_little_beside_the_layers_as_it_is() -> None:
         run(Program(gm=gm), ON, (outline_layers,))
         return compile_pieces(gm, watch)
 
-    model = stack(*(Layer() for _ in range(8)), nn.Linear(HIDDEN, 4), nn.ReLU())
+    model = stack(*(Layer() for _ in range(30)), nn.Linear(HIDDEN, 4), nn.ReLU())
     with torch.no_grad():
         got = torch.compile(model, backend=inner, dynamic=True)(x := rows())
         torch.testing.assert_close(got, model(x))
     assert [(one.name, one.eager and round(one.eager, 3)) for one in watch.pieces] == [
-        ("between0", 0.023), ("layer0", None), ("between1", None)
-    ], "1, 8 times 5 and 2 operations: with the last two it would be more than 3 %"  # fmt: skip
+        ("between0", 0.02), ("layer0", None), ("between1", None)
+    ], "1, 30 times 5 and 2 operations: with the last two it would be more than 3 %"  # fmt: skip
     assert len(compiled) == 2
 
 
