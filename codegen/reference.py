@@ -5,7 +5,7 @@ The definition that every emitter is tested against, and what runs where there i
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Protocol, cast
 
 import torch
@@ -115,6 +115,7 @@ def _unpacked(
     return gate, low, wide
 
 
+@cache
 def emit(spec: KernelSpec) -> Kernel:
     """Bind the definition to a spec."""
     return Kernel(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moecc.balancing import balance
+    from moecc.compiling import compile
     from moecc.loading import load
     from moecc.offloading import offload
     from moecc.passes.options import Options
@@ -17,13 +18,24 @@ if TYPE_CHECKING:
     from moecc.speculation.speculate import speculate
 
 __version__ = "0.1.0"
-__all__ = ["MoeccError", "Options", "Report", "balance", "load", "offload", "report", "speculate"]
+__all__ = [
+    "MoeccError",
+    "Options",
+    "Report",
+    "balance",
+    "compile",
+    "load",
+    "offload",
+    "report",
+    "speculate",
+]
 
 _HOMES = {
     "MoeccError": ("moecc.runtime.errors", "MoeccError"),
     "Options": ("moecc.passes.options", "Options"),
     "Report": ("moecc.reporting", "Report"),
     "balance": ("moecc.balancing", "balance"),
+    "compile": ("moecc.compiling", "compile"),
     "load": ("moecc.loading", "load"),
     "offload": ("moecc.offloading", "offload"),
     "report": ("moecc.reporting", "report"),

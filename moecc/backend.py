@@ -4,16 +4,15 @@ torch loads this module when it looks the backend up, before anything is traced;
 capture is installed (`moecc.capture`).
 """
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
 from moecc import capture, dump, log
+from moecc.inner import inner_compiler, why_whole
 from moecc.lenders import check_schemes
 from moecc.parallel import agree
 from moecc.passes.ir import Program
@@ -25,10 +24,8 @@ from moecc.records import Record
 from moecc.runtime.errors import InputError, StrictError
 from moecc.runtime.offload.bank import is_lent
 from moecc.runtime.offload.stand_in import is_stand_in, lender_of
+from moecc.watching import Watch
 
-_LEAST_CHUNK = 2**14
-"""Elements of a loop of inductor's that are worth a thread, some microseconds of work: waking one
-takes as long, and much longer beside other work. A decoding step has many loops below that."""
 _passes = logging.getLogger("moecc.passes")
 _kernels = logging.getLogger("moecc.kernels")
 
@@ -53,7 +50,10 @@ def moecc(
     wants_grad = torch.is_grad_enabled() and any(value.requires_grad for value in tensors)
     trains = wants_grad or _switches_gradients_on(gm)
     on_gpu = any(value.is_cuda for value in tensors)
-    whole = _why_whole(chosen.inner, mode, on_gpu)
+    auto = chosen.inner == "auto"
+    inner = "inductor" if auto else chosen.inner
+    watch = Watch(inner=inner, compiler=inner_compiler(inner, mode, on_gpu), auto=auto)
+    whole = why_whole(inner, mode, on_gpu)
     program = Program(gm=gm, trains=trains, lent=_lent(gm, example_inputs), whole=whole)
     result = run(program, chosen, keep_text=dump.wants_text())
     _refuse_other_schemes(result.program, example_inputs, chosen)
@@ -64,11 +64,11 @@ def moecc(
     if chosen.strict and (refused := [note for note in notes if note.fallback]):
         listed = "; ".join(f"{note.where}: {note.why}" for note in refused)
         raise StrictError(f"strict=True and capture had to leave things alone: {listed}")
-    record = Record.of(result, chosen, tensors, notes)
-    compiler = _inner(chosen.inner, mode)
-    if result.program.callees:
-        return record.count(compile_pieces(gm, compiler))
-    return record.count(compiler(gm, example_inputs))
+    record = Record.of(result, chosen, tensors, notes, watch)
+    with watch.telling(chosen.progress):
+        if result.program.callees:
+            return record.count(compile_pieces(gm, watch))
+        return record.count(watch.compile(gm, example_inputs))
 
 
 def _lent(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
@@ -89,8 +89,6 @@ def _refuse_other_schemes(
             check_schemes(block.path, block.schemes, lender, options)
 
 
-_TAKES_FAKES = ("eager", "aot_eager", "inductor")
-"""Inner backends that compile for fake tensors, as a part's inputs are while nothing has run."""
 _READERS = (
     torch.ops.moecc.experts.default,
     torch.ops.moecc.experts.apart,
@@ -117,32 +115,6 @@ def _switches_gradients_on(gm: GraphModule) -> bool:
     """Tell whether the model itself asks for gradients in the middle of its forward."""
     switches = gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)  # pyright: ignore
     return not torch.is_grad_enabled() and any(node.args[0] is True for node in switches)
-
-
-def _why_whole(inner: str, mode: str | None, on_gpu: bool) -> str:
-    """Say why the inner backend should see the whole graph at once; empty if parts will do."""
-    if inner not in _TAKES_FAKES:
-        return f"inner={inner!r} may need tensors with values, which parts of a graph do not have"
-    if inner != "inductor":
-        return ""
-    from torch._inductor import config, list_mode_options  # only a compiled graph needs it
-
-    modes: dict[str, Any] = list_mode_options(mode) if mode else {}
-    if on_gpu and modes.get("triton.cudagraphs", config.triton.cudagraphs):
-        return "CUDA graphs record a whole graph"
-    return "inductor freezes weights" if config.freezing else ""
-
-
-def _inner(name: str, mode: str | None) -> Callable[..., Callable[..., Any]]:
-    """Look the inner backend up; inductor has torch.compile's mode as options."""
-    compiler: Callable[..., Callable[..., Any]] = lookup_backend(name)
-    if name != "inductor":
-        return compiler
-    from torch._inductor import config, list_mode_options  # only a compiled graph needs it
-
-    patches: dict[str, Any] = list_mode_options(mode) if mode else {}
-    chunk = max(_LEAST_CHUNK, config.cpp.min_chunk_size)
-    return functools.partial(compiler, config_patches={"cpp.min_chunk_size": chunk, **patches})
 
 
 def _log(result: Result) -> None:

@@ -114,6 +114,7 @@ def _hook_compile(context: Any) -> None:
             return original(self, fn)
         if _is_ours(getattr(self, "callback", None)):
             options = Options.parse(_options_of(self.callback))
+            _keep_numbers(self)
             transformers_experts.install(traced_by_us, note)
             model = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
             if isinstance(model, torch.nn.Module):
@@ -127,6 +128,19 @@ def _hook_compile(context: Any) -> None:
             inside.discard(id(self))
 
     context.__call__ = compile_and_adopt
+
+
+def _keep_numbers(context: Any) -> None:
+    """Have Dynamo take floats (`norm.eps`) as they are where `dynamic=True` makes sizes symbols.
+
+    As symbols they differ from layer to layer, and parts of a graph cannot be compiled with them.
+    """
+    from torch._dynamo import config
+
+    hooks = getattr(context, "enter_exit_hooks", None)
+    patcher = getattr(config, "_make_closure_patcher", None)
+    if getattr(context, "_dynamic", None) and hooks is not None and patcher is not None:
+        hooks.append(patcher(specialize_float=True))
 
 
 def _settle_budget(callback: Any, model: torch.nn.Module, options: Options) -> None:

@@ -1,5 +1,6 @@
 """Commands that read no weights of a checkpoint: passes, why and kernels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ app = typer.Typer(rich_markup_mode="rich")
 
 @app.command(
     epilog="Examples: [b]moecc passes qwen3_moe[/b] · "
-    "[b]moecc passes mixtral --diff fuse_experts[/b] · "
+    "[b]moecc passes mixtral --diff fuse_experts[/b] · [b]moecc passes mixtral --time[/b] · "
     "[b]moecc passes model.py:make --dump graphs[/b]"
 )
 def passes(
@@ -38,6 +39,10 @@ def passes(
     dump: Annotated[
         Path | None, typer.Option(help="Write graphs and kernels here.", show_default=False)
     ] = None,
+    time: Annotated[
+        bool,
+        typer.Option("--time", help="Compile with inductor too; show where time and memory went."),
+    ] = False,
     kernels: Kernels = "auto",
     full: Full = False,
     all_layers: AllLayers = False,
@@ -53,12 +58,13 @@ def passes(
 
     if diff:
         inspection.check_pass(diff)
+    inner = "inductor" if time else "eager"
     with live_line(f"compiling {model}"):
-        seen = inspection.inspect(model, kernels, dtype, full, all_layers, weights)
+        seen = inspection.inspect(model, kernels, dtype, full, all_layers, weights, inner)
     if diff:
         show(inspection.diff_of(seen, diff), as_json, inspection.print_diff)
     else:
-        show(inspection.told(seen), as_json, inspection.print_inspection)
+        show(inspection.told(seen), as_json, partial(inspection.print_inspection, timed=time))
     if dump:
         for file in inspection.dump(seen, dump):
             typer.echo(file, err=True)
@@ -118,8 +124,6 @@ def kernels(
 
     Needs no GPU. Exit status 1 if a kernel spills registers or does not fit.
     """
-    from functools import partial
-
     from moecc import kernel_plans
 
     counts = kernel_plans.parse_tokens(tokens)

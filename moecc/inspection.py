@@ -1,6 +1,7 @@
 """Compile a MODEL just far enough to show what each pass did: `moecc passes`."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from moecc.models import sketch_model
 from moecc.passes.pipeline import PIPELINE
 from moecc.passes.text import graph_diff
 from moecc.records import Record, all_records
-from moecc.render import print_graph
+from moecc.render import print_graph, print_times
 from moecc.reporting import GraphReport, graph_report
 from moecc.runtime.errors import ModelError, MoeccError, OptionError
 
@@ -64,14 +65,18 @@ def inspect(
     full: bool = False,
     all_layers: bool = False,
     weights: bool = False,
+    inner: str = "eager",
 ) -> Inspection:
     """Make a model, as `sketch_model` does, and call it under the backend; graphs keep their text.
 
-    The inner backend is `eager`: only moecc's own passes are of interest here.
+    The inner backend is `eager` where only moecc's own passes are of interest. Raises `OptionError`
+    for another one on a model without weights, which what it compiles would read.
     """
     loaded = sketch_model(name, dtype, full, all_layers, weights)
+    if inner != "eager" and not isinstance(loaded.context, nullcontext):
+        raise OptionError(f"--time runs what {inner} compiles, so {name!r} needs --weights")
     before = len(all_records())
-    options: dict[str, Any] = {"inner": "eager", "kernels": kernels}
+    options: dict[str, Any] = {"inner": inner, "kernels": kernels}
     compiled = torch.compile(loaded.model, backend="moecc", options=options)
     with loaded.context, dumping.keeping_text(), torch.no_grad():
         _call(name, compiled, loaded.inputs)
@@ -115,8 +120,8 @@ def told(seen: Inspection) -> Inspected:
     )
 
 
-def print_inspection(seen: Inspected, console: Console) -> None:
-    """Print each graph's passes, blocks, kernels and misses."""
+def print_inspection(seen: Inspected, console: Console, timed: bool = False) -> None:
+    """Print each graph's passes, blocks, kernels and misses, `timed` what compiling it took."""
     about = f"moecc {seen.version} · torch {seen.torch} · {seen.model}"
     console.print(about, markup=False, highlight=False)
     for note in seen.notes:
@@ -126,6 +131,8 @@ def print_inspection(seen: Inspected, console: Console) -> None:
     for number, graph in enumerate(seen.graphs):
         console.print(f"\ngraph {number} of {len(seen.graphs)}", highlight=False)
         print_graph(graph, console)
+        if timed:
+            print_times(graph, console)
 
 
 def check_pass(name: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from moecc.passes.ir import Miss
 from moecc.passes.options import Options
 from moecc.passes.pipeline import Result, Step
+from moecc.watching import Watch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Record:
     """What capture saw while the graph was traced."""
     tensors: tuple[weakref.ref[torch.Tensor], ...]
     """What the graph was compiled with: Dynamo lifts a model's parameters and buffers to inputs."""
+    watch: Watch
+    """What compiling it took."""
     calls: int = 0
 
     @staticmethod
@@ -37,6 +40,7 @@ class Record:
         options: Options,
         inputs: Sequence[torch.Tensor],
         notes: tuple[Miss, ...],
+        watch: Watch,
     ) -> "Record":
         """Keep what a report needs, without keeping graph or weights alive."""
         record = Record(
@@ -50,6 +54,7 @@ class Record:
             callees=result.program.callees,
             notes=notes,
             tensors=tuple(map(weakref.ref, inputs)),
+            watch=watch,
         )
         _records.append(record)
         return record

@@ -125,6 +125,24 @@ def print_graph(graph: GraphReport, console: Console) -> None:
     _print_found((graph,), console)
 
 
+def print_times(graph: GraphReport, console: Console) -> None:
+    """Print where the time to compile a graph went, and the memory."""
+    made = graph.compilation
+    table = Table("compiling", box=None, pad_edge=False)
+    table.add_column("seconds", justify="right")
+    if made["tracing"] is not None:
+        table.add_row("Dynamo, to the graph", f"{made['tracing']:.2f}")
+    for step in graph.passes:
+        table.add_row(f"pass {step['name']}", f"{step['milliseconds'] / 1e3:.2f}")
+    calls = {one["name"]: f", called {len(one['paths'])} times" for one in graph.callees}
+    for piece in made["pieces"]:
+        by = made["inner"] if piece["eager"] is None else "eager"
+        about = f"{by}, {piece['name']}: {piece['nodes']} nodes"
+        table.add_row(about + calls.get(piece["name"], ""), f"{piece['seconds']:.2f}")
+    console.print(table)
+    console.print(f"memory: {made['resident']:.2f} GB before, {made['peak']:.2f} GB at its peak")
+
+
 def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
     """Print the blocks, kernels and misses of some graphs, each once."""
     blocks = {block["path"]: block for graph in graphs for block in graph.blocks}
@@ -145,6 +163,10 @@ def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
     if callees:
         console.print("layers compiled once")
         _print_list(callees, console)
+    left = dict.fromkeys(text for graph in graphs if (text := _eager_text(graph)))
+    if left:
+        console.print("not compiled, as little of a call (inner='auto')")
+        _print_list(left, console)
     misses = [f"{miss['where']}: {miss['why']}" for graph in graphs for miss in graph.misses]
     if misses:
         console.print("left alone")
@@ -153,14 +175,17 @@ def _print_found(graphs: Sequence[GraphReport], console: Console) -> None:
 
 def _graphs(graphs: Sequence[GraphReport]) -> Table:
     table = Table("graph", box=None, pad_edge=False)
-    for name in ("calls", "MoE blocks", "rewrites", "nodes", "ms in passes"):
+    for name in ("calls", "MoE blocks", "rewrites", "nodes", "ms in passes", "s inner", "peak GB"):
         table.add_column(name, justify="right")
     for number, graph in enumerate(graphs):
+        made = graph.compilation
+        inner = sum(piece["seconds"] for piece in made["pieces"])
         first, last = graph.passes[0], graph.passes[-1]
         rewrites = sum(step["rewrites"] for step in graph.passes)
         millis = sum(step["milliseconds"] for step in graph.passes)
         nodes = f"{first['nodes_before']} → {last['nodes_after']}"
         cells = (number, graph.calls, len(graph.blocks), rewrites, nodes, f"{millis:.1f}")
+        cells = (*cells, f"{inner:.1f}", f"{made['peak']:.1f}")
         table.add_row(*map(str, cells))
     return table
 
@@ -183,6 +208,12 @@ def _callee_text(callee: dict[str, Any]) -> str:
     paths = callee["paths"]
     cuts = f", not fused across: {', '.join(callee['severed'])}" if callee["severed"] else ""
     return f"{paths[0]} to {paths[-1]}: {len(paths)} times {callee['nodes']} nodes{cuts}"
+
+
+def _eager_text(graph: GraphReport) -> str:
+    """Name what `inner="auto"` left as it is in a graph, if there is something."""
+    pieces = [piece for piece in graph.compilation["pieces"] if piece["eager"] is not None]
+    return ", ".join(f"{one['name']} {one['eager']:.1%}" for one in pieces)
 
 
 def _blocks(blocks: Sequence[dict[str, Any]]) -> Table:

@@ -14,6 +14,7 @@ from moecc.plain import plain
 from moecc.records import Record, all_records, notes_about
 from moecc.runtime.errors import InputError
 from moecc.speculation.known import speculations
+from moecc.watching import Watch
 
 _NO_BLOCK = "no MoE block found"
 
@@ -37,6 +38,10 @@ class GraphReport:
     """name, paths, nodes, severed: layers that are alike, compiled once for all their paths"""
     misses: tuple[dict[str, Any], ...]
     """where, why, fallback, node, source"""
+    compilation: dict[str, Any]
+    """tracing: seconds that Dynamo took to the graph, or None; inner, pieces (name, nodes, seconds,
+    eager: its share of a call if it is left as it is, or None), resident, peak: GB of the process
+    before, and the most until then"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +124,7 @@ def graph_report(record: Record) -> GraphReport:
         linears=tuple(asdict(one) | {"dtype": _name(one.dtype)} for one in record.linears),
         callees=tuple(map(_callee, record.callees)),
         misses=tuple(asdict(miss) for miss in record.misses),
+        compilation=_compilation(record.watch),
     )
 
 
@@ -141,6 +147,12 @@ def _block(block: Any, kernel: str) -> dict[str, Any]:
 
 def _callee(callee: Any) -> dict[str, Any]:
     return {name: getattr(callee, name) for name in ("name", "paths", "nodes", "severed")}
+
+
+def _compilation(watch: Watch) -> dict[str, Any]:
+    names = ("tracing", "inner", "resident", "peak")
+    figures = {name: getattr(watch, name) for name in names}
+    return figures | {"pieces": tuple(map(asdict, watch.pieces))}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -20,6 +20,8 @@ Tell = Callable[[str], None]
 Watch = Callable[[int, float], None]
 """Called after each new token with the count so far and the seconds that it took."""
 Result = TypeVar("Result")
+_told: list[Tell] = []
+"""What changes the line that is on the terminal now, if there is one."""
 
 
 def show(result: Result, as_json: bool, print_text: Callable[[Result, Console], None]) -> None:
@@ -44,11 +46,21 @@ def stderr(quiet: bool = False) -> Console:
 
 @contextmanager
 def live_line(first: str, quiet: bool = False) -> Generator[Tell]:
-    """Keep a line on a terminal's stderr; gives a function that changes it."""
+    """Keep a line on a terminal's stderr; gives a function that changes it.
+
+    Where there is one already, that is it: a terminal shows one.
+    """
+    if _told:
+        yield _told[-1]
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=stderr(quiet), transient=True) as bar:
         task = bar.add_task(first, total=None)
-        yield lambda line: bar.update(task, description=line)
+        _told.append(lambda line: bar.update(task, description=line))
+        try:
+            yield _told[-1]
+        finally:
+            _told.clear()
 
 
 def counting(tell: Tell, new_tokens: int, what: str) -> Watch:

@@ -51,6 +51,9 @@ class Options:
     tokens: Literal["replicated", "split"] = "replicated"
     """Whether these ranks all run the same tokens, or each its own."""
     inner: str = "inductor"
+    """Auto is inductor for layers, and nothing for what is a small share of a call beside them."""
+    progress: bool | Literal["auto"] = "auto"
+    """Tell on stderr what the inner backend compiles; auto is on a terminal."""
     strict: bool = False
 
     def schemes(self, path: str) -> Schemes | None:
@@ -185,10 +188,13 @@ def _lookahead(value: Any) -> Any:
     raise _bad("lookahead", value, "'auto' or a number of layers, 0 for none")
 
 
-def _outline(value: Any) -> Any:
-    if value == "auto" or isinstance(value, bool):
-        return value
-    raise _bad("outline", value, "True, False or 'auto'")
+def _flag_or_auto(key: str) -> Any:
+    def check(value: Any) -> Any:
+        if value == "auto" or isinstance(value, bool):
+            return value
+        raise _bad(key, value, "True, False or 'auto'")
+
+    return check
 
 
 def _trace(value: Any) -> str | None:
@@ -220,9 +226,10 @@ def _inner(value: Any) -> str:
     import torch
 
     backends = torch.compiler.list_backends(exclude_tags=())
-    if isinstance(value, str) and value in backends and value != "moecc":
+    allowed = ["auto", *(name for name in backends if name != "moecc")]
+    if isinstance(value, str) and value in allowed:
         return value
-    raise _bad("inner", value, f"a registered backend: {[b for b in backends if b != 'moecc']}")
+    raise _bad("inner", value, f"auto or a registered backend: {allowed}")
 
 
 def _flag(key: str) -> Any:
@@ -244,9 +251,10 @@ _CHECKS: dict[str, Any] = {
     "kernels": _one_of("kernels", EMITTERS),
     "dense_linears": _dense_linears,
     "attention": _flag("attention"),
-    "outline": _outline,
+    "outline": _flag_or_auto("outline"),
     "expert_parallel": _expert_parallel,
     "tokens": _one_of("tokens", TOKENS),
     "inner": _inner,
+    "progress": _flag_or_auto("progress"),
     "strict": _flag("strict"),
 }

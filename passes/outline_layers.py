@@ -74,6 +74,8 @@ def _why_whole(program: Program, options: Options) -> str:
     if program.callees:
         return "layers are callees already"
     graph = program.gm.graph
+    if any(isinstance(value_of(node), torch.SymFloat) for node in graph.nodes):
+        return "a number that it reads may change from call to call"
     constants = map(value_of, graph.find_nodes(op="get_attr"))
     plain = all(isinstance(one, torch.Tensor) for one in constants)
     if not plain or graph.find_nodes(op="call_module"):

@@ -93,6 +93,8 @@ def run(
         if options.strict and fallbacks:
             listed = "; ".join(f"{miss.where}: {miss.why}" for miss in fallbacks)
             raise StrictError(f"strict=True and {step.name} had to leave things alone: {listed}")
+    if any(step.rewrites for step in steps):
+        program.gm.recompile()  # once: no pass runs the graph
     return Result(program=program, steps=tuple(steps))
 
 
@@ -108,7 +110,6 @@ def _run_pass(
         if outcome.rewrites:
             _drop_orphans(graph, used)
             graph.lint()
-            program.gm.recompile()
         _check(outcome.program, name)
     step = Step(
         name=name,

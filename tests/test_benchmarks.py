@@ -1,6 +1,7 @@
 """Benchmarks run: what is timed here is too small to say anything."""
 
 from argparse import Namespace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -83,15 +84,19 @@ def test_a_table_has_models_beside_each_other() -> None:
 
 
 def test_compile_times_stand_beside_those_of_plain_inductor() -> None:
-    times = dict.fromkeys(compile_time.TIMES, 2.0)
-    of_moecc = times | {"first": 1.0, "prefill": 3.0}
+    spent = {one.name: 2.0 for one in fields(compile_time.Spent)}
+    plain, half = (compile_time.Spent(**spent | {"seconds": one}) for one in (2.0, 1.0))
+    calls = {"prefill": 0.003, "decode": 0.001, "peak": 0.5, "warm": False, "second": plain}
     rows = [
-        compile_time.Row(contender=name, warm=False, **spent)
-        for name, spent in (("inductor", times), ("moecc", of_moecc), ("moecc", of_moecc))
+        compile_time.Row(contender=name, first=first, **calls)
+        for name, first in (("inductor", plain), ("moecc", half), ("moecc", half))
     ]
-    _, plain, ours = compile_time.cells(compile_time.median(rows))
-    assert plain[:3] == ["inductor, cold", "2.0 (1.00x)", "2.0 (1.00x)"]
-    assert (ours[0], ours[1], ours[-2]) == ("moecc, cold", "1.0 (0.50x)", "3.0000 (1.50x)")
+    _, *lines = compile_time.cells(compile_time.median(rows))
+    assert [line[:4] for line in lines] == [
+        ["inductor, cold", "2.0 (1.00x)", "2.0 (1.00x)", "2.0 + 2.0"],
+        ["moecc, cold", "1.0 (0.50x)", "2.0 (1.00x)", "2.0 + 2.0"],
+    ]
+    assert lines[0][-3:] == ["3.00", "1.00", "0.50"]
 
 
 def test_a_layer_whose_output_is_another_has_no_time() -> None:
@@ -114,3 +119,20 @@ def test_onnxruntime_computes_the_same_layer() -> None:
         batch = layer.make_inputs(made, tokens)[0]
         with torch.no_grad():
             assert layer.check({"onnxruntime": lambda _, b=batch: run(*b)}, made(*batch)) == {}
+
+
+QUICK = compile_time.Model(family="qwen3_moe", layers=2, hidden=64, quick=True)
+
+
+def test_the_parts_of_a_compilation_add_up() -> None:
+    row = compile_time.compile_one("moecc", QUICK)
+    for spent in (row.first, row.second):
+        parts = (spent.dynamo, spent.passes, spent.inner, spent.kernels)
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(spent.seconds)
+    assert 0 < row.decode < row.first.seconds
+
+
+@pytest.mark.slow
+def test_compiling_is_timed_in_processes_of_its_own() -> None:
+    assert [row.warm for row in compile_time.measure(["moecc"], QUICK, rounds=1)] == [False, True]

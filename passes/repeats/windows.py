@@ -5,7 +5,8 @@ Sizes are compared as expressions whose symbols are numbered as they appear: eac
 have a length of its own.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,14 +25,19 @@ _PLAIN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """What a compiler may specialise on in a value."""
+    """What a node is apart from its place in the graph; equal numbers mean equal descriptions."""
 
-    described: Hashable
-    """Dtype, device and the like."""
-    sizes: tuple[Any, ...]
-    """Shape, strides and offset, or the value of a size: numbers and expressions."""
+    call: int
+    """The target and its arguments, the nodes among them numbered in the order of `reads`."""
+    reads: tuple[Node, ...]
+    value: int
+    """What a compiler may specialise on: dtype, device, shape, strides, the symbols renamed."""
+    symbols: tuple[Any, ...]
+    """Those of the value's sizes, in the order in which they are met."""
     memory: Hashable
     """The same for values that share memory."""
+    writes: tuple[Node, ...]
+    """What the call writes to in place."""
     crosses: bool
     """A callee can take it and give it back: a plain tensor or a size."""
 
@@ -45,6 +51,8 @@ class Facts:
     """The graph's inputs that its symbols stand for."""
     ranges: Mapping[Any, str]
     """What is known of a symbol without a guard."""
+    numbers: dict[Hashable, int]
+    """What each description has as its number, from 1: numbers are compared faster."""
 
     @staticmethod
     def read(graph: Graph) -> "Facts":
@@ -53,10 +61,13 @@ class Facts:
         sizes = {expression(value_of(node)): node for node in inputs}
         sizes = {symbol: node for symbol, node in sizes.items() if symbol.is_Symbol}
         known = {one: value_of(node).node.shape_env.var_to_range for one, node in sizes.items()}
+        numbers: dict[Hashable, int] = {}
+        renamed: dict[Any, tuple[str, tuple[Any, ...]]] = {}
         return Facts(
-            of={node: _fact(node) for node in graph.nodes},
+            of={node: _fact(node, numbers, renamed) for node in graph.nodes},
             sizes=sizes,
             ranges={symbol: str(ranges.get(symbol)) for symbol, ranges in known.items()},
+            numbers=numbers,
         )
 
 
@@ -78,57 +89,65 @@ class Window:
 def window(nodes: Sequence[Node], facts: Facts) -> Window:
     """Describe consecutive nodes of a graph."""
     inside = {node: number for number, node in enumerate(nodes)}
-    entering: dict[Node, int] = {}
-    calls = [_call(node, inside, entering) for node in nodes]
+    own = [facts.of[node] for node in nodes]
+    read = dict.fromkeys(one for fact in own for one in fact.reads if one not in inside)
+    entering = {node: ~number for number, node in enumerate(read)}  # below 0: no place inside
+    places = inside | entering
     outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
-    seen = [facts.of[node] for node in (*nodes, *entering)]
-    symbols: dict[Any, Any] = {}
-    sizes = [tuple(_renamed(size, symbols) for size in fact.sizes) for fact in seen]
-    named = {facts.of[node].sizes for node in entering if _is_size(value_of(node))}
-    unnamed = [facts.sizes[one] for one in symbols if one in facts.sizes and (one,) not in named]
-    memory = [facts.of[node].memory for node in entering]
-    aliased = {one for one in memory if memory.count(one) > 1}
+    seen = (*own, *(facts.of[node] for node in entering))
+    symbols: dict[Any, int] = {}
+    sizes = [_places(fact.symbols, symbols) for fact in seen]
+    named = {expression(value_of(node)) for node in entering if _is_size(value_of(node))}
+    unnamed = [facts.sizes[one] for one in symbols if one in facts.sizes and one not in named]
+    memory = Counter(facts.of[node].memory for node in entering)
     alone = (
         not symbols.keys() <= facts.sizes.keys()
         or not all(facts.of[node].crosses for node in (*entering, *outputs))
         or any(node.op == "call_module" for node in nodes)
     )
-    entangled = bool(aliased) and any(facts.of[one].memory in aliased for one in _written(nodes))
+    entangled = any(memory[facts.of[one].memory] > 1 for fact in own for one in fact.writes)
     key = (
-        *calls,
-        *(fact.described for fact in seen),
+        *((fact.call, *map(places.__getitem__, fact.reads)) for fact in own),
+        *(fact.value for fact in seen),
         *sizes,
         *(facts.ranges.get(one) for one in symbols),
         tuple(inside[node] for node in outputs),
-        tuple(map(memory.index, memory)),
+        _places([facts.of[node].memory for node in entering], {}),
     )
     return Window(
         nodes=tuple(nodes),
         inputs=(*entering, *unnamed),
         outputs=outputs,
-        key=None if alone or entangled else key,
+        key=None if alone or entangled else _number(key, facts.numbers),
         entangled=entangled,
     )
 
 
-def _call(node: Node, inside: Mapping[Node, int], entering: dict[Node, int]) -> Hashable:
-    """Name a call apart from where in the graph it is, and number what enters it from outside."""
+def _places(values: Iterable[Hashable], met: dict[Any, int]) -> tuple[int, ...]:
+    """Give each value its place among the different ones, in the order in which they are met."""
+    return tuple(met.setdefault(one, len(met)) for one in values)
+
+
+def _number(described: Hashable, numbers: dict[Hashable, int]) -> int:
+    return numbers.setdefault(described, len(numbers) + 1)
+
+
+def _call(node: Node, reads: dict[Node, int]) -> Hashable:
+    """Name a call apart from where in the graph it is, and number the nodes that it reads."""
 
     def name(value: Any) -> Hashable:
         match value:
-            case Node() if value in inside:
-                return "node", inside[value]
             case Node():
-                return "input", entering.setdefault(value, len(entering))
+                return Node, reads.setdefault(value, len(reads))
             case list() | tuple():
                 parts = cast("Sequence[Any]", value)
-                return type(parts).__name__, tuple(map(name, parts))
+                return type(parts), tuple(map(name, parts))
             case dict():
                 pairs = cast("dict[str, Any]", value).items()
-                return "dict", tuple((key, name(one)) for key, one in pairs)
+                return dict, tuple((key, name(one)) for key, one in pairs)
             case slice():
                 limits = cast("slice[Any, Any, Any]", value)
-                return "slice", tuple(map(name, (limits.start, limits.stop, limits.step)))
+                return slice, tuple(map(name, (limits.start, limits.stop, limits.step)))
             case _:
                 return type(value).__name__, repr(value) if isinstance(value, _PLAIN) else id(value)
 
@@ -144,24 +163,35 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, torch.SymInt)
 
 
-def _renamed(size: Any, symbols: dict[Any, Any]) -> Hashable:
-    """Write a size with its symbols numbered in the order in which they are met."""
-    if isinstance(size, int):
-        return size
-    for one in sorted(size.free_symbols, key=str):
-        symbols.setdefault(one, sympy.Symbol(f"size{len(symbols)}"))
-    return str(size.xreplace(symbols))
-
-
-def _fact(node: Node) -> Fact:
-    value = value_of(node)
+def _fact(
+    node: Node, numbers: dict[Hashable, int], renamed: dict[Any, tuple[str, tuple[Any, ...]]]
+) -> Fact:
+    value, reads = value_of(node), dict[Node, int]()
     plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    sizes = [
+        (size, ()) if isinstance(size, int) else _renamed(size, renamed) for size in _sizes(value)
+    ]
+    described = _described(value), tuple(text for text, _ in sizes)
     return Fact(
-        described=_described(value),
-        sizes=tuple(_sizes(value)),
+        call=_number(_call(node, reads), numbers),
+        reads=tuple(reads),
+        value=_number(described, numbers),
+        symbols=tuple(one for _, symbols in sizes for one in symbols),
         memory=value.untyped_storage()._cdata if plain else node,  # pyright: ignore[reportPrivateUsage]
+        writes=tuple(_written(node)) if mutates(node) else (),
         crosses=_is_size(value) or (plain and not is_traceable_wrapper_subclass(value)),
     )
+
+
+def _renamed(
+    size: Any, renamed: dict[Any, tuple[str, tuple[Any, ...]]]
+) -> tuple[str, tuple[Any, ...]]:
+    """Write a size with its symbols numbered, and list them; sympy is slow, so each size once."""
+    if size not in renamed:
+        symbols = tuple(sorted(size.free_symbols, key=str))
+        numbered = {one: sympy.Symbol(f"size{at}") for at, one in enumerate(symbols)}
+        renamed[size] = str(size.xreplace(numbered)), symbols
+    return renamed[size]
 
 
 def _described(value: Any) -> Hashable:
@@ -185,11 +215,10 @@ def _sizes(value: Any) -> Iterator[Any]:
         yield expression(value)
 
 
-def _written(nodes: Sequence[Node]) -> Iterator[Node]:
-    """List the values that a stretch writes to in place."""
-    for node in filter(mutates, nodes):
-        schema = getattr(node.target, "_schema", None)
-        infos = [one.alias_info for one in schema.arguments] if schema is not None else []
-        places = [at for at, info in enumerate(infos) if info and info.is_write] or [0]
-        given = [node.args[at] for at in places if at < len(node.args)]
-        yield from (one for one in (*given, node.kwargs.get("out")) if isinstance(one, Node))
+def _written(node: Node) -> Iterator[Node]:
+    """List the values that a call writes to in place."""
+    schema = getattr(node.target, "_schema", None)
+    infos = [one.alias_info for one in schema.arguments] if schema is not None else []
+    places = [at for at, info in enumerate(infos) if info and info.is_write] or [0]
+    given = [node.args[at] for at in places if at < len(node.args)]
+    yield from (one for one in (*given, node.kwargs.get("out")) if isinstance(one, Node))

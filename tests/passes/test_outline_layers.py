@@ -7,13 +7,14 @@ from torch import nn
 from torch.nn import functional
 
 import moecc
-from moecc import backend
+from moecc.inner import why_whole
 from moecc.passes.ir import Callee, Program
 from moecc.passes.options import Options
 from moecc.passes.outline_layers import outline_layers
 from moecc.passes.pipeline import Result, run
 from moecc.passes.text import graph_diff
 from moecc.pieces import compile_pieces
+from moecc.watching import Watch
 from tests.models import HIDDEN, capture, relative_error
 
 ON = Options(outline=True)
@@ -224,7 +225,7 @@ def test_each_piece_is_compiled_once_with_the_symbols_of_the_whole(
 
     def inner(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         run(Program(gm=gm), ON, (outline_layers,))
-        return compile_pieces(gm, compiler)
+        return compile_pieces(gm, Watch(inner="own", compiler=compiler))
 
     model = stack(*(Layer() for _ in range(4)), nn.Linear(HIDDEN, 4))
     compiled = torch.compile(model, backend=inner, dynamic=True)
@@ -235,8 +236,123 @@ def test_each_piece_is_compiled_once_with_the_symbols_of_the_whole(
     assert all(isinstance(shapes[0][0], torch.SymInt) for _, shapes in seen)
 
 
+class Reading(nn.Module):
+    """Layers that read caches, each of a length of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = stack(*(Layer() for _ in range(3)))
+
+    def forward(self, x: torch.Tensor, *caches: torch.Tensor) -> torch.Tensor:
+        for layer, cache in zip(self.layers, (x, *caches), strict=True):
+            x = layer(x) + cache.sum(0)
+        return x
+
+
+@pytest.mark.parametrize(("lengths", "compiled"), [((10, 12, 11), 1), ((10, 12, 5), 2)])
+def test_a_layer_for_which_a_guard_does_not_hold_is_compiled_for_itself(
+    lengths: tuple[int, ...], compiled: int
+) -> None:
+    graphs: list[Watch] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        long = [bool(one > 8) for one in inputs if isinstance(one, torch.SymInt)]
+        return lambda *args: (assert_(long, args), gm.forward(*args))[1]
+
+    def assert_(long: list[bool], args: Sequence[Any]) -> None:
+        assert long == [one > 8 for one in args if isinstance(one, int)], "what it is compiled for"
+
+    def inner(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        run(Program(gm=gm), ON, (outline_layers,))
+        graphs.append(Watch(inner="own", compiler=compiler))
+        return compile_pieces(gm, graphs[-1])
+
+    model = Reading()
+    call = torch.compile(model, backend=inner, dynamic=True)
+    with torch.no_grad():
+        for caches in (lengths, (10, 12, 11), (10, 12, 5)):
+            inputs = rows(9), *map(rows, caches)
+            torch.testing.assert_close(call(*inputs), model(*inputs))
+    first, *_ = graphs
+    assert [one.name for one in first.pieces].count("layer0") == compiled
+    assert len(graphs) == 2, "guards of all layers are guards of the graph"
+
+
+class Settings(nn.Module):
+    """Layers that scale by numbers of their own, and by one that is given."""
+
+    def __init__(self, *scales: float) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Linear(HIDDEN, HIDDEN), nn.ModuleList(map(Held, scales))
+
+    def forward(self, x: torch.Tensor, by: float | None = None) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x) if by is None else layer(x) * by
+        return x
+
+
+class Held(Layer):
+    """Scales by a number that it holds."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_numbers_of_modules_are_constants_where_all_is_dynamic() -> None:
+    model = Settings(0.5, 0.5, 0.5, 0.25, 0.25)
+    asked = {"inner": "aot_eager", "outline": True}
+    call = torch.compile(model, backend="moecc", dynamic=True, fullgraph=True, options=asked)
+    with torch.no_grad():
+        for scale in (0.5, 2.0):
+            model.layers[0].scale = scale
+            torch.testing.assert_close(call(x := rows()), model(x))
+    first, second = moecc.report(model).graphs
+    assert [len(one["paths"]) for one in first.callees] == [3, 2], "another number, another layer"
+    assert second.callees
+
+
+def test_a_number_that_changes_from_call_to_call_keeps_the_graph_whole() -> None:
+    model = Settings(0.5, 0.5, 0.5)
+    asked = {"inner": "aot_eager", "outline": True}
+    call = torch.compile(model, backend="moecc", fullgraph=True, options=asked)
+    with torch.no_grad():
+        for by in (0.3, 0.7, 0.9):
+            torch.testing.assert_close(call(x := rows(), by), model(x, by))
+    first, second = moecc.report(model).graphs
+    assert first.callees
+    assert second.passes[-1]["note"] == "off: a number that it reads may change from call to call"
+
+
+def test_auto_leaves_what_is_little_beside_the_layers_as_it_is() -> None:
+    compiled: list[int] = []
+
+    def compiler(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        compiled.append(len(gm.graph.nodes))
+        return gm.forward
+
+    watch = Watch(inner="own", compiler=compiler, auto=True)
+
+    def inner(gm: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        run(Program(gm=gm), ON, (outline_layers,))
+        return compile_pieces(gm, watch)
+
+    model = stack(*(Layer() for _ in range(30)), nn.Linear(HIDDEN, 4), nn.ReLU())
+    with torch.no_grad():
+        got = torch.compile(model, backend=inner, dynamic=True)(x := rows())
+        torch.testing.assert_close(got, model(x))
+    assert [(one.name, one.eager and round(one.eager, 3)) for one in watch.pieces] == [
+        ("between0", 0.02), ("layer0", None), ("between1", None)
+    ], "1, 30 times 5 and 2 operations: with the last two it would be more than 3 %"  # fmt: skip
+    assert len(compiled) == 2
+
+
 def test_modes_that_record_cuda_graphs_keep_the_graph_whole() -> None:
-    assert backend._why_whole("inductor", "reduce-overhead", on_gpu=True)
-    assert not backend._why_whole("inductor", "reduce-overhead", on_gpu=False)
-    assert not backend._why_whole("inductor", None, on_gpu=True)
-    assert "may need tensors with values" in backend._why_whole("tvm", None, on_gpu=False)
+    assert why_whole("inductor", "reduce-overhead", on_gpu=True)
+    assert not why_whole("inductor", "reduce-overhead", on_gpu=False)
+    assert not why_whole("inductor", None, on_gpu=True)
+    assert "may need tensors with values" in why_whole("tvm", None, on_gpu=False)
