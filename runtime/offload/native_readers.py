@@ -7,6 +7,7 @@ not read, which is tried once more and explained here, and with a record whose c
 import ctypes
 import itertools
 from pathlib import Path
+from typing import Any
 
 from moecc.runtime.errors import StoreError
 from moecc.runtime.offload import load as loads
@@ -194,7 +195,7 @@ class NativeReaders(Readers):
 
     def _read(self, load: Load, task: _Task) -> None:
         """Read a chunk that a thread did not."""
-        chunk: Chunk = (load.store.reads[load.expert][task.range], task.start, task.length)
+        chunk: Chunk = load.store.reads[load.expert][task.range], task.start, task.length
         error: Exception | None = died(load, chunk)
         try:
             with self.noted(load, chunk):
@@ -214,7 +215,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the functions of readers.cpp, in their order there."""
     pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     task, file = ctypes.POINTER(_Task), ctypes.POINTER(_File)
-    kinds: dict[str, tuple[type | None, ...]] = {
+    kinds: dict[str, tuple[Any, ...]] = {
         "new": (pointer, real),
         "free": (None, pointer),
         "open": (number, pointer, file),
