@@ -200,10 +200,11 @@ def _types(spec: KernelSpec) -> list[str]:
         stored, first, second = model, *(f"{kind}<{model}>" for kind in kinds)
     else:
         stored = "uint8_t"
-        # A task of the first product makes whole blocks of the second's inputs.
-        rows = max(spec.schemes.second.block, 64) * (2 if spec.gated else 1)
+        # A task of the first product makes whole blocks of the second's inputs, and no more:
+        # threads wait half a task on average for the last one, twice a call.
+        rows = max(spec.schemes.second.block, 32) * (2 if spec.gated else 1)
         first = product(spec.schemes.first, rows)
-        second = product(spec.schemes.second, 64)
+        second = product(spec.schemes.second, 32)
     names = {"Model": model, "Stored": stored, "First": first, "Second": second}
     return [f"using {name} = {kind};" for name, kind in names.items()]
 
