@@ -7,8 +7,8 @@ kernel's own source is built twice with `kernel_profile.h` in it: once its threa
 meet, once its products also only read what they would multiply, in their order. The same kernel is
 also called with weights that stay in the cache (all rows have one address), where it only computes,
 and for tokens without experts, where it only meets. All alternate, and each timed call follows
-one that is not timed. A figure is the mean of the middle half of the calls, so that the parts of
-a call add up to it; calls that did without a thread (`docs/decisions/0009`) are left out.
+one that is not timed. A figure is the mean of the fastest quarter of the calls, so that the parts
+of a call add up to it; calls that did without a thread (`docs/decisions/0009`) are left out.
 """
 
 import argparse
@@ -153,12 +153,12 @@ def measure(kind: str, shape: dict[str, int], tokens: int, calls: int) -> Profil
             start = time.perf_counter()
             read(next(numbers))
             reads.append((time.perf_counter() - start) * 1e6)
-    spent = {name: middle(all_calls) for name, all_calls in taken.items()}
+    spent = {name: fastest(all_calls) for name, all_calls in taken.items()}
     return Profile(
         kind=kind,
         tokens=tokens,
         gigabytes=size / 1e9,
-        read=statistics.mean(_middle(sorted(reads))),
+        read=statistics.mean(_quarter(sorted(reads))),
         **spent,
     )
 
@@ -222,22 +222,21 @@ def in_cache(run: Callable[[int], Spent]) -> Callable[[int], Spent]:
     return cached
 
 
-def middle(calls: list[Spent]) -> Spent:
-    """Average the calls of all threads that took neither long nor short."""
+def fastest(calls: list[Spent]) -> Spent:
+    """Average the fastest calls of all threads."""
     threads = torch.get_num_threads()
     whole = [one for one in calls if one.threads == threads]
     if not whole:
         raise RuntimeError(
             f"no call had all {threads} threads: stop the process that keeps a core, and try again"
         )
-    kept = _middle(sorted(whole, key=lambda one: one.whole))
+    kept = _quarter(sorted(whole, key=lambda one: one.whole))
     means = (statistics.mean(getattr(one, name) for one in kept) for name in PARTS)
     return Spent(threads=threads, **dict(zip(PARTS, means, strict=True)))
 
 
-def _middle(ordered: list[One]) -> list[One]:
-    part = len(ordered) // 4
-    return ordered[part : len(ordered) - part]
+def _quarter(ordered: list[One]) -> list[One]:
+    return ordered[: max(1, len(ordered) // 4)]
 
 
 def describe(profiles: list[Profile]) -> list[list[str]]:
