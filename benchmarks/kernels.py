@@ -37,7 +37,9 @@ from benchmarks.timing import (
     stamp,
     table,
 )
+from moecc.codegen.native.call import plain
 from moecc.codegen.native.emit import emit
+from moecc.codegen.spec import KernelSpec
 from moecc.runtime.schemes.packing import pack_experts
 from moecc.runtime.schemes.scheme import SCHEMES, Schemes
 
@@ -209,20 +211,36 @@ def random_weights(shape: dict[str, int]) -> tuple[torch.Tensor, ...]:
 
 def our_kernel(kind: str, shape: dict[str, int], weights: tuple[torch.Tensor, ...]) -> Contender:
     """Give moecc's kernel with its own copy of the weights."""
+    held = our_weights(kind, weights)
+    size = sum(one.nbytes for one in held) / shape["experts"]
+    return Contender(run=our_call(our_spec(kind, shape), held), size=size)
+
+
+def our_spec(kind: str, shape: dict[str, int]) -> KernelSpec:
+    """Say what moecc's kernel computes."""
     scheme = SCHEMES.get(kind)
     dtype = torch.float32 if scheme else DTYPES[kind]
     schemes = Schemes(first=scheme, second=scheme) if scheme else None
-    spec = swiglu_spec(shape, dtype, split=True, schemes=schemes)
-    if scheme is None:
-        gate, up, down = (one.to(dtype).contiguous() for one in weights)
-    else:
-        gate, up, down = (pack_experts(one, scheme) for one in weights)
-    run, size = emit(spec).run, sum(one.nbytes for one in (gate, up, down)) / shape["experts"]
+    return swiglu_spec(shape, dtype, split=True, schemes=schemes)
+
+
+def our_weights(kind: str, weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Give gate, up and down as moecc's kernel reads them, in memory of their own."""
+    if kind in DTYPES:
+        return tuple(one.to(DTYPES[kind]).contiguous() for one in weights)
+    # All experts have the values of the first: one is packed.
+    packed = (pack_experts(one[:1], SCHEMES[kind]) for one in weights)
+    return tuple(one.repeat(len(weights[0]), 1) for one in packed)
+
+
+def our_call(spec: KernelSpec, held: tuple[torch.Tensor, ...]) -> Call:
+    """Build moecc's kernel, for weights that it reads."""
+    run, (gate, up, down) = emit(spec).run, held
 
     def call(hidden: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        return run(hidden.to(dtype), ids, shares, gate, down, None, None, up)
+        return run(plain(hidden, spec.dtype), ids, shares, gate, down, None, None, up)
 
-    return Contender(run=call, size=size)
+    return call
 
 
 def make_batch(shape: dict[str, int], tokens: int) -> tuple[torch.Tensor, ...]:

@@ -9,6 +9,7 @@ import torch
 from benchmarks import (
     compile_time,
     dispatch,
+    kernel_profile,
     kernel_table,
     kernels,
     layer,
@@ -41,6 +42,25 @@ def test_kernels_are_timed_beside_the_roofs(kind: str, monkeypatch: pytest.Monke
 def test_dispatch_calls_the_operator_as_it_is() -> None:
     call = dispatch.measure()
     assert 0 < call.kernel < call.call
+
+
+def test_the_parts_of_a_call_add_up_to_it() -> None:
+    # Two threads come to the first meeting at 5 and 9 us, ..., and leave at 80 and 70.
+    threads = [[5, 10, 40, 52, 80], [9, 12, 50, 52, 70]]
+    times = [1000 * time for thread in threads for time in thread]
+    spent = kernel_profile.split(99_000, 0, 82_000, times)
+    assert spent.whole == pytest.approx(99)
+    assert (spent.around, spent.packing, spent.first, spent.second) == (17, 7, 34, 23)
+    assert (spent.waiting, spent.meeting) == (2 + 5 + 5, 2 + 2 + 2)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_a_kernel_is_profiled_by_leaving_things_out(kind: str) -> None:
+    shape = {"hidden": 64, "intermediate": 32, "experts": 8, "active": 2}
+    profile = kernel_profile.measure(kind, shape, tokens=2, calls=4)
+    assert 0 < profile.kernel.first < profile.kernel.whole
+    assert profile.idle.first < profile.kernel.first
+    assert {len(line) for line in kernel_profile.describe([profile])} == {2}
 
 
 def test_a_table_compares_the_contenders_of_each_cell() -> None:

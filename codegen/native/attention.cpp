@@ -156,7 +156,7 @@ static void run(const Attention& call) {
 #pragma omp parallel num_threads(run.threads)
   {
     int thread = omp_get_thread_num();
-    share(counter, run.tasks(), [&](int64_t task, int64_t) { run.part(task, thread); });
+    share(counter, run.tasks(), counter++, [&](int64_t task, int64_t) { run.part(task, thread); });
     waits.meet();
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < call.B * call.heads * run.rows; ++row) run.combine(row, thread);

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from moecc.codegen.native.build import load
-from moecc.codegen.native.emit import TYPES, address, template, thread_count
+from moecc.codegen.native.call import address, thread_count
+from moecc.codegen.native.emit import TYPES, template
 from moecc.runtime.attention import AttentionFn
 from moecc.runtime.errors import InputError, UnsupportedSpec
 

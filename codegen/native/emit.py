@@ -16,20 +16,17 @@ Calls use torch's number of threads, or fewer: `team.h` says when. A forked chil
 
 import ctypes
 import functools
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moecc.codegen.activation import LEAVES, OPERATIONS, Expr, render
 from moecc.codegen.native.build import load
-from moecc.codegen.native.checks import check_routing, check_slots, check_vectors, check_weights
+from moecc.codegen.native.call import Block, Tensor, call, check
+from moecc.codegen.native.checks import check_slots
 from moecc.codegen.spec import Kernel, KernelSpec
-from moecc.runtime.errors import InputError, UnsupportedSpec
-from moecc.runtime.schemes.packing import panel_bytes
+from moecc.runtime.errors import UnsupportedSpec
 from moecc.runtime.schemes.scheme import Scheme
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -59,28 +56,6 @@ _TABLE = (
 )
 
 
-class _Layer(ctypes.Structure):
-    """The arguments of `moecc_experts`; the order of `struct Layer` in experts.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "first", "up")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("second", "first_bias", "second_bias", "learned", "out")
-        ),
-        *((name, ctypes.c_int64) for name in "TKHIE"),
-        *(
-            (f"{which}_{what}", ctypes.c_int64)
-            for which in ("first", "up", "second")
-            for what in ("expert", "row")
-        ),
-        ("out_float", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
-        ("onto", ctypes.c_int64),
-    ]
-
-
 def emit(spec: KernelSpec) -> Kernel:
     """Write and build the kernel of `spec`.
 
@@ -89,13 +64,21 @@ def emit(spec: KernelSpec) -> Kernel:
     """
     source = write(spec)
     function = _load(source)
+    known: dict[int, Block] = {}
 
     def run(
         hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *experts: Tensor
     ) -> torch.Tensor:
         same = hidden.dtype == spec.dtype
         out = torch.empty(hidden.shape, dtype=spec.dtype if same else torch.float32)
-        _call(spec, function, (hidden, ids, weights), experts, out)
+        block = known.get(id(experts[0])) if experts else None
+        if block is None or not block.is_of(experts):
+            block = check(spec, spec.experts, experts)
+            if not block.copies:
+                for key in [key for key, one in known.copy().items() if one.origins[0]() is None]:
+                    known.pop(key, None)
+                known[id(experts[0])] = block
+        call(spec, function, (hidden, ids, weights), block, out)
         return out if same else out.to(hidden.dtype)
 
     def add(
@@ -108,59 +91,9 @@ def emit(spec: KernelSpec) -> Kernel:
     ) -> None:
         held = len(experts[0]) if experts and experts[0] is not None else 0
         check_slots(spec, onto, slots, hidden, held)
-        _call(spec, function, (hidden, ids, weights), experts, onto, slots)
+        call(spec, function, (hidden, ids, weights), check(spec, held, experts), onto, slots)
 
     return Kernel(spec=spec, emitter="native", run=run, add=add, source=source)
-
-
-Tensor = torch.Tensor | None
-
-_forked: list[int] = []
-"""Not empty in a forked child, which has OpenMP's records of threads but not the threads: it would
-wait for them for ever, so it computes with one."""
-os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
-
-
-def _call(
-    spec: KernelSpec,
-    function: Callable[[Any], int],
-    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    experts: tuple[Tensor, ...],
-    out: torch.Tensor,
-    slots: Tensor = None,
-) -> None:
-    """Compute into `out`, or add to it what the experts in `slots` give.
-
-    Tensors are as `ExpertsFn` lists them; the last two may be left out.
-    """
-    gate_up, down, gate_up_bias, down_bias, up, learned = (*experts, None, None)[:6]
-    check_routing(spec, *tokens)
-    if gate_up is None or down is None:
-        raise InputError("gate_up and down are not both given")
-    held = spec.experts if slots is None else len(gate_up)
-    check_weights(spec, held, gate_up, down, up)
-    check_vectors(spec, gate_up_bias, down_bias, learned)
-    hidden, ids, weights = tokens
-    x = plain(hidden, spec.dtype)
-    ids = plain(ids, torch.int64)
-    weights = plain(weights, torch.float32)
-    vectors = _flat(gate_up_bias), _flat(down_bias), _flat(learned)
-    layer = _Layer(
-        *map(address, (x, ids, weights, gate_up, up, down, *vectors, out)),
-        *ids.shape,
-        spec.hidden,
-        spec.intermediate,
-        spec.experts,
-        *_strides(gate_up, spec.hidden, spec.schemes and spec.schemes.first),
-        *_strides(gate_up if up is None else up, spec.hidden, spec.schemes and spec.schemes.first),
-        *_strides(down, spec.intermediate, spec.schemes and spec.schemes.second),
-        out.dtype == torch.float32,
-        thread_count(),
-        address(slots),
-        slots is not None,
-    )
-    if function(ctypes.byref(layer)):
-        raise MemoryError(f"{tuple(ids.shape)} tokens and experts of {spec.key}")
 
 
 def write(spec: KernelSpec) -> str:
@@ -200,10 +133,11 @@ def _types(spec: KernelSpec) -> list[str]:
         stored, first, second = model, *(f"{kind}<{model}>" for kind in kinds)
     else:
         stored = "uint8_t"
-        # A task of the first product makes whole blocks of the second's inputs.
-        rows = max(spec.schemes.second.block, 64) * (2 if spec.gated else 1)
+        # A task of the first product makes whole blocks of the second's inputs, and no more:
+        # threads wait half a task on average for the last one, twice a call.
+        rows = max(spec.schemes.second.block, 32) * (2 if spec.gated else 1)
         first = product(spec.schemes.first, rows)
-        second = product(spec.schemes.second, 64)
+        second = product(spec.schemes.second, 32)
     names = {"Model": model, "Stored": stored, "First": first, "Second": second}
     return [f"using {name} = {kind};" for name, kind in names.items()]
 
@@ -242,31 +176,3 @@ def _load(source: str):
     function.argtypes = [ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function
-
-
-def _strides(weights: torch.Tensor, columns: int, scheme: Scheme | None) -> tuple[int, ...]:
-    """Give the elements from one expert to the next, and from one row, or panel, to the next."""
-    if scheme is None:
-        return weights.stride()[:2]
-    return weights.stride(0), panel_bytes(columns, scheme)
-
-
-def thread_count() -> int:
-    """Give the threads that a call may use."""
-    return 1 if _forked else torch.get_num_threads()
-
-
-def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Give a tensor contiguous and in a dtype; calls that change nothing take a microsecond."""
-    if tensor.dtype == dtype and tensor.is_contiguous():
-        return tensor
-    return tensor.to(dtype).contiguous()
-
-
-def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Give where a tensor's first element lies, None for no tensor."""
-    return None if tensor is None else tensor.data_ptr()

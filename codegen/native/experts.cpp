@@ -120,12 +120,13 @@ struct Run {
     pack_row<First>(layer.hidden + token * layer.H, layer.H, x.memory + token * x_row);
   }
 
-  // OUTPUTS intermediate values of all tokens of one active expert.
-  void first(int64_t task, int64_t next_task, float* products) const {
+  // OUTPUTS intermediate values of all tokens of one active expert. The thread will go on with
+  // `next_task`, or if that is this one, with task `begin` of the second product.
+  void first(int64_t task, int64_t next_task, int64_t begin, float* products) const {
     int64_t active = task / panels, from = task % panels * OUTPUTS;
     int count = int(std::min<int64_t>(OUTPUTS, layer.I - from));
     Rows<Stored> gate = first_weights(task), up = up_weights(task);
-    Rows<Stored> next = first_weights(next_task);
+    Rows<Stored> next = next_task != task ? first_weights(next_task) : second_weights(begin, 0);
     int64_t rows = GATED ? 2 * layer.I : layer.I, row = GATED && INTERLEAVED ? 2 * from : from;
     const Model* bias =
         BIAS ? layer.first_bias + routing.expert[active] * rows + row : nullptr;
@@ -202,10 +203,13 @@ static void run(const Layer& layer) {
 #pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < layer.T; ++t) run.pack(t);
     waits.meet();
-    share(first, run.first_tasks(),
-          [&](int64_t task, int64_t next) { run.first(task, next, products); });
+    // With its last task of the first product a thread reads ahead for the second: memory is not idle
+    // while threads meet.
+    int64_t begin = second++;
+    share(first, run.first_tasks(), first++,
+          [&](int64_t task, int64_t next) { run.first(task, next, begin, products); });
     waits.meet();
-    share(second, run.second_tasks(),
+    share(second, run.second_tasks(), begin,
           [&](int64_t task, int64_t next) { run.second(task, next, products); });
     waits.leave();
   }

@@ -88,7 +88,7 @@ static void run(const Linear& call) {
 #pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < call.T; ++t) run.pack(t);
     waits.meet();
-    share(counter, run.tasks(),
+    share(counter, run.tasks(), counter++,
           [&](int64_t now, int64_t next) { run.compute(run.task(now), run.task(next), products); });
     waits.leave();
   }

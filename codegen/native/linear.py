@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from moecc.codegen.native.build import load
-from moecc.codegen.native.emit import TYPES, address, plain, product, template, thread_count
+from moecc.codegen.native.call import address, plain, thread_count
+from moecc.codegen.native.emit import TYPES, product, template
 from moecc.runtime.errors import InputError, UnsupportedSpec
 from moecc.runtime.linear import LinearsFn
 from moecc.runtime.schemes.copies import Copies
@@ -144,16 +145,20 @@ def _check(
     dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """Raise `InputError` unless the kernel reads these tensors and nothing beyond them."""
-    expected = f"{dtype} [N, K] on cpu, not empty, rows contiguous"
-    _hold("weight", weight, reads(weight), expected, dtype)
+    # Texts are for errors alone: this runs with every call.
+    if not (reads(weight) and _is(weight, dtype)):
+        raise _misfit("weight", weight, f"{dtype} [N, K] on cpu, not empty, rows contiguous")
     outputs, inputs = weight.shape
-    fits = x.dim() > 0 and x.shape[-1] == inputs
-    _hold("x", x, fits, f"{dtype} [.., {inputs}] on cpu", dtype)
-    if bias is not None:
-        _hold("bias", bias, bias.shape == (outputs,), f"{dtype} [{outputs}] on cpu", dtype)
+    if not (x.dim() > 0 and x.shape[-1] == inputs and _is(x, dtype)):
+        raise _misfit("x", x, f"{dtype} [.., {inputs}] on cpu")
+    if bias is not None and not (bias.shape == (outputs,) and _is(bias, dtype)):
+        raise _misfit("bias", bias, f"{dtype} [{outputs}] on cpu")
 
 
-def _hold(name: str, tensor: torch.Tensor, fits: bool, expected: str, dtype: torch.dtype) -> None:
-    if not fits or tensor.dtype != dtype or not tensor.is_cpu:
-        found = f"{tensor.dtype} {[*tensor.shape]}, strides {[*tensor.stride()]}, {tensor.device}"
-        raise InputError(f"{name} is {found}; a linear layer takes {expected}")
+def _is(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.is_cpu
+
+
+def _misfit(name: str, tensor: torch.Tensor, expected: str) -> InputError:
+    found = f"{tensor.dtype} {[*tensor.shape]}, strides {[*tensor.stride()]}, {tensor.device}"
+    return InputError(f"{name} is {found}; a linear layer takes {expected}")

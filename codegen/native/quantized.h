@@ -9,6 +9,8 @@
 
 #include "vec.h"
 
+#include <algorithm>
+
 constexpr int PANEL_ROWS = 16;
 constexpr int VECTORS = PANEL_ROWS / LANES;  // of the rows of a panel
 
@@ -171,19 +173,18 @@ struct Quantized {
   static_assert(BLOCK % 32 == 0 && ROWS % PANEL_ROWS == 0);
 
   static INLINE void pack(const float* line, Input* packed) {
-    float most = 0;
-    for (int i = 0; i < BLOCK; ++i) {
-      float size = __builtin_fabsf(line[i]);
-      most = size > most || size != size ? size : most;  // NaN stays
-    }
-    bool finite = most <= 3.4028235e38f;
-    float inverse = finite && most > 0 ? 127 / most : 0;
+    int32_t size = 0;  // the largest: bits of positive floats are in their order, those of NaN last
+    for (int i = 0; i < BLOCK; ++i)
+      size = std::max(size, bitcast<int32_t>(line[i]) & 0x7fffffff);
+    bool finite = size < 0x7f800000;
+    float most = bitcast<float>(size), inverse = finite && most > 0 ? 127 / most : 0;
     Header header = {finite ? most / 127 : __builtin_nanf(""), 0};
-    for (int i = 0; i < BLOCK; ++i) {
-      int value = finite ? int(__builtin_nearbyintf(line[i] * inverse)) : 0;
-      packed[HEAD + place(i)] = Input(value);
-      header.sum += value;
-    }
+    int32_t values[BLOCK] = {};
+    for (int i = 0; finite && i < BLOCK; ++i) values[i] = int(__builtin_nearbyintf(line[i] * inverse));
+    for (int i = 0; i < BLOCK; ++i) header.sum += values[i];
+    for (int i = 0; i < BLOCK; i += 4)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) packed[HEAD + i + place(j)] = Input(values[i + j]);
     memcpy(packed, &header, sizeof header);
   }
 
@@ -219,8 +220,8 @@ struct Quantized {
 
  private:
   static Header header(const Input* line) { return load_as<Header>(line); }
-  // Where a column's input lies: words are in the order 0, 2, 1, 3 of each four.
-  static constexpr int place(int i) { return STEP == 4 ? i : (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
+  // Where the input of a column of four lies: words are in the order 0, 2, 1, 3.
+  static constexpr int place(int i) { return STEP == 4 ? i : (i & 1) << 1 | i >> 1; }
 
   template <int TOKENS>
   static void tile(const uint8_t* panel, const uint8_t* after, int64_t blocks, const Input* const* x, float* out,

@@ -42,10 +42,11 @@ static void pack_row(const Model* row, int64_t length, typename Product::Input* 
   }
 }
 
-// Hand out `tasks` numbers to the threads that ask, each thread knowing its next one in advance.
+// Hand out `tasks` numbers to the threads that ask, each thread knowing its next one in advance. `now` is
+// what this thread has asked for already.
 template <class Task>
-static void share(std::atomic<int64_t>& counter, int64_t tasks, Task task) {
-  for (int64_t now = counter++; now < tasks;) {
+static void share(std::atomic<int64_t>& counter, int64_t tasks, int64_t now, Task task) {
+  while (now < tasks) {
     int64_t next = counter++;
     task(now, next < tasks ? next : now);
     now = next;

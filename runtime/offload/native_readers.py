@@ -164,7 +164,7 @@ class NativeReaders(Readers):
         """Give the chunks that were read since, and note no more."""
         self._library.moecc_readers_watch(self._queue, False)
         count = self._library.moecc_readers_seen(self._queue, 0, None)
-        spans = (_Span * count)()
+        spans: Any = (_Span * count)()
         self._library.moecc_readers_seen(self._queue, count, spans)
         names = {thread.ident: thread.name for thread in self.threads}
         files = list(self._files)
@@ -195,7 +195,8 @@ class NativeReaders(Readers):
 
     def _read(self, load: Load, task: _Task) -> None:
         """Read a chunk that a thread did not."""
-        chunk: Chunk = load.store.reads[load.expert][task.range], task.start, task.length
+        number: int = task.range
+        chunk: Chunk = load.store.reads[load.expert][number], task.start, task.length
         error: Exception | None = died(load, chunk)
         try:
             with self.noted(load, chunk):

@@ -151,6 +151,31 @@ def test_reads_small_tensors_in_any_layout_and_dtype():
     assert torch.equal(doubles, plain.double())
 
 
+def test_weights_that_change_between_calls_are_read_as_they_are_now():
+    spec = make_spec("gelu_tanh", torch.float32)
+    batch, experts = make_batch(spec, 3, 2), make_experts(spec)
+    first, second, bias, *_ = experts
+    run = emit(spec).run
+
+    def holds() -> None:
+        for _ in range(2):  # the second time they are known
+            error = (run(*batch, *experts).double() - definition(spec, batch, experts)).norm()
+            assert error <= rounding(spec, batch, experts)
+
+    holds()
+    first.data = torch.randn_like(first)  # elsewhere
+    holds()
+    second.mul_(2)
+    holds()
+    bias.data = torch.randn(*bias.shape, 2)[..., 0]  # no longer contiguous, so copied
+    holds()
+    bias.mul_(2)
+    holds()
+    second.data = second.mT  # where it was, in another layout
+    with pytest.raises(InputError, match="down is"):
+        run(*batch, *experts)
+
+
 def test_an_input_that_does_not_fit_is_named():
     spec = make_spec("silu", torch.float32)
     (hidden, ids, scores), (first, second, *_) = make_batch(spec, 5, 2), make_experts(spec)
