@@ -163,7 +163,7 @@ class NativeReaders(Readers):
     def seen(self) -> list[Span]:
         """Give the chunks that were read since, and note no more."""
         self._library.moecc_readers_watch(self._queue, False)
-        count = self._library.moecc_readers_seen(self._queue, 0, None)
+        count: int = self._library.moecc_readers_seen(self._queue, 0, None)
         spans: Any = (_Span * count)()
         self._library.moecc_readers_seen(self._queue, count, spans)
         names = {thread.ident: thread.name for thread in self.threads}
