@@ -171,7 +171,7 @@ class NativeReaders(Readers):
         return super().seen() + [
             Span(
                 thread=names.get(one.thread, "moecc-reader"),
-                file=files[one.file],
+                file=files[int(one.file)],
                 offset=one.offset,
                 length=one.length,
                 start=one.start,
