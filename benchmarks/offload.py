@@ -14,7 +14,9 @@ trained model. Contenders take turns, and medians of all rounds are told.
     lru, lfu      on demand, into slots; lfu is the default
     + prefetch    the next layer's experts predicted with its router, the first one's by the token,
                   and read if that pays
-    oracle        simulated here: Belady, and every request known when the one before it ends
+    foreseen      simulated here: lfu, and every request known when the one before it ends, which is
+                  what predictions could be worth
+    oracle        the same with Belady's cache
     bound         the larger of the time with all experts in memory and Belady's misses (the fewest
                   that any cache of so many slots can have) at the link's bandwidth
 
@@ -247,7 +249,11 @@ def _bounds(
 ) -> list[Row]:
     """Say what Belady and perfect predictions would give, simulated and by bytes alone."""
     blocks = range(len(recording.blocks))
-    oracle = simulate(recording, profile, [slots] * len(blocks), "belady", "perfect")
+    perfect = {"foreseen": "lfu", "oracle": "belady"}
+    rates = {
+        name: simulate(recording, profile, [slots] * len(blocks), policy, "perfect").decode_rate
+        for name, policy in perfect.items()
+    }
     decoding = [
         one for one in recording.events if isinstance(one, Request) and one.tokens <= MOST_TOKENS
     ]
@@ -262,7 +268,7 @@ def _bounds(
     bound = min(whole, profile.link.bandwidth * steps / read)
     hit_rate = sum(one.hits for one in fewest) / sum(one.asked for one in fewest)
     return [
-        Row(contender="oracle", memory=memory, tokens_per_second=oracle.decode_rate),
+        *(Row(contender=n, memory=memory, tokens_per_second=rate) for n, rate in rates.items()),
         Row(contender="bound", memory=memory, tokens_per_second=bound, hit_rate=hit_rate),
     ]
 

@@ -26,7 +26,7 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                 if row["contender"] == contender and row[key] is not None
             ]
             if points:
-                style = "--" if "bound" in contender or "oracle" in contender else "o-"
+                style = "--" if contender in ("foreseen", "oracle", "bound") else "o-"
                 axes.plot(*zip(*sorted(points), strict=True), style, label=contender)
         axes.set_xlabel("experts in memory, per cent")
         axes.set_ylabel(label)

@@ -28,7 +28,7 @@ def test_tables_plots_and_timeline(
     offload.main()
     told = json.loads(Path("out.json").read_text())
     rows = {row["contender"]: row for row in told["results"]}
-    assert list(rows) == ["no cache", "lru", "lru + prefetch", "oracle", "bound"]
+    assert list(rows) == ["no cache", "lru", "lru + prefetch", "foreseen", "oracle", "bound"]
     assert rows["no cache"]["hit_rate"] == 0 < rows["lru"]["hit_rate"]
     assert rows["lru"]["megabytes_per_token"] < rows["no cache"]["megabytes_per_token"]
     assert all(rows[name]["same_tokens"] for name in ("no cache", "lru", "lru + prefetch"))
