@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from moecc.codegen.native import build, emit
+from moecc.codegen.native import build, call, emit
 from moecc.codegen.spec import KernelSpec
 
 FLAGS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -49,7 +49,8 @@ def run_sanitized(
         flags = f"{os.environ.get('CXXFLAGS', '')} {FLAGS}"
         return functools.partial(_call, _library(source, flags), f"moecc_{name}", buffers)
 
-    with mock.patch.object(emitter, "address", address), mock.patch.object(emitter, "_load", load):
+    caller = call if emitter is emit else emitter
+    with mock.patch.object(caller, "address", address), mock.patch.object(emitter, "_load", load):
         return emitter.emit(*given).run(*tensors)
 
 
