@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import moecc
 from moecc import backend, parallel
 from moecc.passes.options import Options
-from moecc.runtime.errors import InputError, OptionError, ParallelError
-from moecc.runtime.parallel.exchange import Exchange
+from moecc.runtime.errors import InputError, OptionError, ParallelError, StoreError
+from moecc.runtime.parallel.exchange import Exchange, Tokens
 from moecc.runtime.parallel.placement import contiguous
 from moecc.runtime.parallel.ranks import Ranks, ranks_of
 from moecc.runtime.parallel.rows import Rows
@@ -40,12 +40,19 @@ def refusal(model: torch.nn.Module, **options: Any) -> str:
     return str(raised.value)
 
 
-def call(ranks: Ranks, count: int, expert: int = 0) -> None:
+def call(
+    ranks: Ranks, count: int, expert: int = 0, fault: str = "", own: Tokens = "replicated"
+) -> None:
+    def local(hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        if fault:
+            raise StoreError(fault)
+        return hidden
+
     share = Share(placement=contiguous(4, ranks.size), rank=ranks.rank, across="")
-    exchange = Exchange(ranks=ranks, tokens="replicated", few=lambda shape: 1e9)
+    exchange = Exchange(ranks=ranks, tokens=own, few=lambda shape: 1e9)
     ids = torch.full((count, 2), expert)
     rows = Rows(torch.zeros(count, 8), ids, ids.float())
-    exchange.run(lambda hidden, ids, weights: hidden, rows, share)
+    exchange.run(local, rows, share)
 
 
 def check_unlike_ranks(rank: int) -> None:
@@ -91,6 +98,19 @@ def test_unlike_ranks_are_refused_and_lost_ones_are_noticed() -> None:
     on_ranks(2, check_lost_ranks)
 
 
+def check_a_rank_that_cannot_compute(rank: int) -> None:
+    ranks, why = ranks_of(3), "the disk of rank 1 is gone"
+    error, said = (StoreError, why) if rank == 1 else (ParallelError, "rank 1 could not compute")
+    with pytest.raises(error, match=said):
+        call(ranks, 2, fault=why if rank == 1 else "")
+    call(ranks, 2)  # all are where they were
+    ranks = ranks_of(dist.new_group(timeout=timedelta(seconds=SLOW)))
+    with pytest.raises(StoreError if rank == 1 else ParallelError, match=why):
+        call(ranks, 2, fault=why if rank == 1 else "", own="split")
+    with pytest.raises(ParallelError, match=f"{why}.*cannot go on"):
+        call(ranks, 2)
+
+
 def check_a_rank_that_hangs_and_one_that_dies(rank: int) -> str:
     slow = dist.new_group(timeout=timedelta(seconds=SLOW))
     call(ranks_of(slow), 2)
@@ -103,6 +123,7 @@ def check_a_rank_that_hangs_and_one_that_dies(rank: int) -> str:
         assert time.monotonic() - start < SLOW + 4
         with pytest.raises(ParallelError, match="cannot go on"):
             call(ranks_of(slow), 2)
+    check_a_rank_that_cannot_compute(rank)
     whole = ranks_of(3)
     call(whole, 2)
     if rank == 2:
