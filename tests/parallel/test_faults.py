@@ -59,6 +59,7 @@ def check_unlike_ranks(rank: int) -> None:
     model = BatchedMoe(torch.float32)
     said = refusal(model, kernels=("torch", "native")[rank])
     assert "option 'kernels' is 'torch' in rank 0 and 'native' in rank 1" in said
+    parallel.agree(Options(expert_parallel=2, progress=rank == 0))  # one of them tells
     said = refusal(BatchedMoe(torch.float32, experts=4 + 2 * rank))
     assert "BatchedMoe of 1,600 numbers in rank 0" in said
     assert "numbers in rank 1" in said
