@@ -67,10 +67,11 @@ def share_out(model: nn.Module, options: Options) -> None:
 
 
 def shares_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Share]]:
-    """List what ranks share, in the order of modules: path, module, share."""
+    """List what ranks share now, in the order of modules: path, module, share."""
     for path, module in named_modules(model):
         for parameter in parameters_of(module).values():
-            if parameter is not None and (share := share_of(parameter)) is not None:
+            share = None if parameter is None else share_of(parameter)
+            if share is not None and share.across:
                 yield path, module, share
 
 

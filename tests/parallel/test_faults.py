@@ -19,7 +19,7 @@ from moecc.runtime.parallel.exchange import Exchange, Tokens
 from moecc.runtime.parallel.placement import contiguous
 from moecc.runtime.parallel.ranks import Ranks, ranks_of
 from moecc.runtime.parallel.rows import Rows
-from moecc.runtime.parallel.share import Share
+from moecc.runtime.parallel.share import Share, bind_share
 from tests.models import BatchedMoe, tokens
 from tests.parallel.ranks import on_ranks
 
@@ -145,3 +145,13 @@ def test_an_option_without_other_ranks_says_what_to_start() -> None:
         Options.parse({"expert_parallel": "all"})
     with pytest.raises(OptionError, match="replicated"):
         Options.parse({"tokens": "shared"})
+
+
+def test_what_is_over_is_not_there_to_balance() -> None:
+    model = BatchedMoe(torch.float32)
+    weight = next(model.parameters())
+    bind_share(weight, Share(placement=contiguous(4, 2), rank=0, across="replicated"))
+    assert len([*parallel.shares_of(model)]) == 1
+    bind_share(weight, Share(placement=contiguous(4, 2), rank=0, across=""))
+    with pytest.raises(InputError, match="nothing to balance"):
+        moecc.balance(model)
