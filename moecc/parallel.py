@@ -16,15 +16,18 @@ from moecc.runtime.offload.stand_in import is_stand_in
 from moecc.runtime.parallel.ranks import ranks_of
 from moecc.runtime.parallel.share import Share, share_of
 
+_OWN = {"expert_parallel", "progress"}
+"""Options that may differ: ranks name their group differently, and one alone may tell."""
+
 
 def agree(options: Options, model: nn.Module | None = None) -> None:
-    """Have the ranks check that they are alike: versions, options, and the model's size.
+    """Have the ranks check that they are alike: versions, options but `_OWN`, the model's size.
 
     Raises `OptionError` naming two that are not, and for a model that is sharded already.
     """
     if options.expert_parallel is None:
         return
-    names = [field.name for field in fields(Options) if field.name != "expert_parallel"]
+    names = [field.name for field in fields(Options) if field.name not in _OWN]
     facts = {f"option {name!r}": repr(getattr(options, name)) for name in names}
     facts |= {"moecc": __version__, "torch": torch.__version__}
     if model is not None:
@@ -64,10 +67,11 @@ def share_out(model: nn.Module, options: Options) -> None:
 
 
 def shares_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Share]]:
-    """List what ranks share, in the order of modules: path, module, share."""
+    """List what ranks share now, in the order of modules: path, module, share."""
     for path, module in named_modules(model):
         for parameter in parameters_of(module).values():
-            if parameter is not None and (share := share_of(parameter)) is not None:
+            share = None if parameter is None else share_of(parameter)
+            if share is not None and share.across:
                 yield path, module, share
 
 

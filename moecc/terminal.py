@@ -54,7 +54,9 @@ def live_line(first: str, quiet: bool = False) -> Generator[Tell]:
         yield _told[-1]
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=stderr(quiet), transient=True) as bar:
+    seen = sys.stdout.isatty()  # what is printed goes above the line; a pipe gets its own
+    console = stderr(quiet)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=seen) as bar:
         task = bar.add_task(first, total=None)
         _told.append(lambda line: bar.update(task, description=line))
         try:

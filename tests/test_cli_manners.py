@@ -131,6 +131,16 @@ def test_a_terminal_sees_what_is_going_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert "still working" in out.getvalue()
 
 
+def test_what_is_printed_beside_a_line_goes_where_it_was_meant_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=60)
+    monkeypatch.setattr(terminal, "stderr", lambda quiet: screen)
+    with terminal.live_line("working"):
+        print("a token")  # noqa: T201
+    assert capsys.readouterr().out == "a token\n"
+
+
 def test_a_shell_completes_models_passes_schemes_and_targets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

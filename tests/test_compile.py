@@ -71,6 +71,29 @@ def test_a_function_is_given_back_compiled() -> None:
     assert len(all_records()) - before == 1
 
 
+def test_a_module_that_another_backend_compiles_is_compiled_by_ours() -> None:
+    model, before = BatchedMoe(), len(all_records())
+    wrapped = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        wrapped(tokens(4))
+        assert moecc.compile(wrapped, options=PLAIN) is model
+        model(tokens(7))
+    assert len(all_records()) - before == 1
+
+
+def test_options_of_a_later_call_replace_those_of_an_earlier_one() -> None:
+    model = BatchedMoe()
+    with torch.no_grad():
+        for kernels in ("torch", "native"):
+            moecc.compile(model, options={"inner": "eager", "kernels": kernels})(tokens(4))
+            assert all_records()[-1].options.kernels == kernels
+        with pytest.raises(moecc.MoeccError, match="kernels"):
+            moecc.compile(model, options={"kernels": "none"})
+        before = len(all_records())
+        model(tokens(9))
+    assert len(all_records()) == before, "what was compiled stays"
+
+
 def test_refuses_options_as_torch_compile_does() -> None:
     with pytest.raises(moecc.MoeccError, match="outlines"):
         moecc.compile(BatchedMoe(), options={"outlines": True})

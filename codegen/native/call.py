@@ -61,7 +61,7 @@ class Block:
     """Of biases that were not contiguous: they are made for one call."""
 
     def is_of(self, experts: tuple[Tensor, ...]) -> bool:
-        """Tell whether these are the same tensors, in the same place."""
+        """Tell whether these are the same tensors, in the same place and of the same kind."""
         return len(experts) == len(self.origins) and all(
             one is origin() and _place(one) == place
             for one, origin, place in zip(experts, self.origins, self.places, strict=True)
@@ -69,7 +69,9 @@ class Block:
 
 
 def _place(tensor: Tensor) -> object:
-    return tensor is not None and (tensor.data_ptr(), tensor.shape, tensor.stride())
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def check(spec: KernelSpec, held: int, experts: tuple[Tensor, ...]) -> Block:

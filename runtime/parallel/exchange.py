@@ -28,6 +28,8 @@ from moecc.runtime.parallel.share import Share, bind_share, share_of
 Tokens = Literal["replicated", "split"]
 INLINE = 1 << 13
 """Bytes of results that go with a header: they take less than another message's latency."""
+_FAILED = -1
+"""Where a rank is that raises an error instead of computing its part."""
 Local = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The block's kernel on hidden [T, H], ids [T, K] and weights [T, K]; other ids give nothing."""
 
@@ -77,8 +79,8 @@ class Exchange:
     def run(self, local: Local, rows: Rows, share: Share) -> torch.Tensor:
         """Compute a block for the tokens of this rank, [T, H].
 
-        Raises `ParallelError` when a rank does not answer, or is somewhere else, `InputError` when
-        ranks that should have the same tokens do not.
+        Raises `ParallelError` when a rank does not answer, fails, or is somewhere else,
+        `InputError` when ranks that should have the same tokens do not.
         """
         self.ranks.step += 1
         share.learn(rows.ids)
@@ -89,8 +91,13 @@ class Exchange:
             out=rows.size,
             back=rows.hidden.shape[1] * rows.hidden.itemsize,
         )
-        how = self._replicated if self.tokens == "replicated" else self._split
-        return how(local, rows, share, self.few(shape))
+        if self.tokens == "replicated":
+            return self._replicated(local, rows, share, self.few(shape))
+
+        def part(*rows: torch.Tensor) -> torch.Tensor:
+            return self.ranks.alone(lambda: local(*rows))
+
+        return self._split(part, rows, share, self.few(shape))
 
     def _replicated(self, local: Local, rows: Rows, share: Share, few: float) -> torch.Tensor:
         """Compute what this rank holds for all tokens, and add up what all ranks did."""
@@ -98,7 +105,12 @@ class Exchange:
         order = torch.arange(1, ids.numel() + 1, device=ids.device)
         header = self._header(rows, share, int(((ids.reshape(-1) + 1) * order).sum()))
         mine = ids.where(share.ranks_for(ids) == self.ranks.rank, -1)
-        part = local(hidden, mine, weights) if len(hidden) else hidden
+        try:
+            part = local(hidden, mine, weights) if len(hidden) else hidden
+        except Exception:
+            header[0] = _FAILED
+            self._send_first(header, header[:0])
+            raise
         parts = self._first(part, header, share)
         if part.nbytes <= INLINE or len(hidden) <= few:
             share.counts["gather"] += int(len(hidden) > 0)
@@ -110,22 +122,25 @@ class Exchange:
         return self._gather(own, share).flatten(0, 1)[: len(part)]
 
     def _first(self, part: torch.Tensor, header: torch.Tensor, share: Share) -> torch.Tensor:
-        """Send headers, and parts that fit beside them, which come back as [ranks, T, H].
-
-        The message has one length, whatever the tokens: gloo ends a process that gets another one.
-        """
+        """Send headers, and parts that fit beside them, which come back as [ranks, T, H]."""
         fits = part.numel() if part.nbytes <= INLINE else 0
-        sent = header.new_zeros(header.numel() + INLINE // header.itemsize)
-        sent[: header.numel()] = header
-        room = sent[header.numel() :].view(part.dtype)
-        room[:fits] = part.reshape(-1)[:fits]
-        found = self.ranks.gather(sent, "headers")
+        found = self._send_first(header, part.reshape(-1)[:fits])
         inside = fits * part.itemsize
         share.counts["sent"] += (self.ranks.size - 1) * inside
-        share.counts["headers"] += (self.ranks.size - 1) * (sent.nbytes - inside)
+        share.counts["headers"] += (self.ranks.size - 1) * (found[0].nbytes - inside)
         self._check(header, found[:, : header.numel()])
         parts = found[:, header.numel() :].contiguous().view(part.dtype)[:, :fits]
         return parts.view(self.ranks.size, -1, part.shape[1])
+
+    def _send_first(self, header: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Send a header and values, and give everybody's.
+
+        The message has one length, whatever the tokens: gloo ends a process that gets another one.
+        """
+        sent = header.new_zeros(header.numel() + INLINE // header.itemsize)
+        sent[: header.numel()] = header
+        sent[header.numel() :].view(values.dtype)[: len(values)] = values
+        return self.ranks.gather(sent, "headers")
 
     def _split(self, local: Local, rows: Rows, share: Share, few: float) -> torch.Tensor:
         """Send each token to the ranks that hold its experts, and add up what comes back."""
@@ -178,6 +193,11 @@ class Exchange:
         place = cast(list[int], own[:4].tolist())
         found = cast(list[list[int]], everyone.tolist())
         for rank, other in enumerate(found):
+            if other[0] == _FAILED:
+                raise ParallelError(
+                    f"rank {rank} could not compute its part of exchange {place[0]}; the error "
+                    "there says why"
+                )
             if other[:4] != place:
                 raise ParallelError(
                     f"rank {self.ranks.rank} is at exchange {place[0]}, experts, hidden size and "

@@ -2,12 +2,14 @@
 
 Collectives are torch's functional ones, on whatever the group runs on (gloo, NCCL). How long a rank
 waits is the group's timeout. After a failure every rank leaves its mark in the group's store and
-drops its connections, which wakes the others: who leaves no mark is who was waited for.
+drops its connections, which wakes the others: who leaves no mark is who was waited for, unless a
+mark says why.
 """
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -53,6 +55,19 @@ class Ranks:
         name = self.group.group_name
         return self._wait(what, lambda: call(rows.contiguous(), list(receive), list(send), name))
 
+    def alone(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compute what others wait for in the middle of an exchange: none can follow a failure.
+
+        Others are told why, but gloo wakes them no sooner than their time is up.
+        """
+        try:
+            return call()
+        except Exception as error:
+            self._failed = f"rank {self.rank} stopped at exchange {self.step}: {error}"
+            with suppress(RuntimeError):  # the first error is the one to see
+                self._leave(self._failed)
+            raise
+
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raise `OptionError` in every rank where one of the facts is not everybody's.
 
@@ -96,20 +111,30 @@ class Ranks:
     def _blame(self) -> str:
         """Say which ranks left no mark, after waking those that wait for this one."""
         try:
-            store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-            marks = [f"moecc/{self.group.group_name}/{rank}" for rank in range(self.size)]
-            store.set(marks[self.rank], str(self.step))
-            cast(Any, self.group).abort()
+            store = self._leave("")
             silent, end = list(range(self.size)), time.monotonic() + _GRACE
             while silent and time.monotonic() < end:
-                silent = [rank for rank in silent if not store.check([marks[rank]])]
+                silent = [rank for rank in silent if not store.check([self._mark(rank)])]
                 time.sleep(0.01)
+            marks = (store.get(self._mark(rank)) for rank in range(self.size) if rank not in silent)
+            if reason := b"; ".join(filter(None, marks)):
+                return reason.decode()
         except RuntimeError:
             return "the process that keeps the group's store (rank 0, or torchrun) is gone"
         if not silent:
             return "every rank is alive and stopped; the first of their errors says why"
         names = " and ".join(f"rank {rank}" for rank in silent)
         return f"{names} did not answer: it died, hangs, or is slower than the timeout"
+
+    def _leave(self, reason: str) -> Any:
+        """Mark this rank as stopped, wake those that wait for it, and give the store of marks."""
+        store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        store.set(self._mark(self.rank), reason)
+        cast(Any, self.group).abort()
+        return store
+
+    def _mark(self, rank: int) -> str:
+        return f"moecc/{self.group.group_name}/{rank}"
 
 
 def ranks_of(wanted: Any) -> Ranks:

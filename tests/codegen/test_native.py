@@ -167,13 +167,17 @@ def test_weights_that_change_between_calls_are_read_as_they_are_now():
     holds()
     second.mul_(2)
     holds()
+    values = second.data
+    for other in (values.mT, values.view(torch.int32)):  # where they were, in other layouts, dtypes
+        second.data = other
+        with pytest.raises(InputError, match="down is"):
+            run(*batch, *experts)
+        second.data = values
+        holds()
     bias.data = torch.randn(*bias.shape, 2)[..., 0]  # no longer contiguous, so copied
     holds()
     bias.mul_(2)
     holds()
-    second.data = second.mT  # where it was, in another layout
-    with pytest.raises(InputError, match="down is"):
-        run(*batch, *experts)
 
 
 def test_an_input_that_does_not_fit_is_named():

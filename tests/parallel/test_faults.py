@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 import moecc
 from moecc import backend, parallel
 from moecc.passes.options import Options
-from moecc.runtime.errors import InputError, OptionError, ParallelError
-from moecc.runtime.parallel.exchange import Exchange
+from moecc.runtime.errors import InputError, OptionError, ParallelError, StoreError
+from moecc.runtime.parallel.exchange import Exchange, Tokens
 from moecc.runtime.parallel.placement import contiguous
 from moecc.runtime.parallel.ranks import Ranks, ranks_of
 from moecc.runtime.parallel.rows import Rows
-from moecc.runtime.parallel.share import Share
+from moecc.runtime.parallel.share import Share, bind_share
 from tests.models import BatchedMoe, tokens
 from tests.parallel.ranks import on_ranks
 
@@ -40,18 +40,26 @@ def refusal(model: torch.nn.Module, **options: Any) -> str:
     return str(raised.value)
 
 
-def call(ranks: Ranks, count: int, expert: int = 0) -> None:
+def call(
+    ranks: Ranks, count: int, expert: int = 0, fault: str = "", own: Tokens = "replicated"
+) -> None:
+    def local(hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        if fault:
+            raise StoreError(fault)
+        return hidden
+
     share = Share(placement=contiguous(4, ranks.size), rank=ranks.rank, across="")
-    exchange = Exchange(ranks=ranks, tokens="replicated", few=lambda shape: 1e9)
+    exchange = Exchange(ranks=ranks, tokens=own, few=lambda shape: 1e9)
     ids = torch.full((count, 2), expert)
     rows = Rows(torch.zeros(count, 8), ids, ids.float())
-    exchange.run(lambda hidden, ids, weights: hidden, rows, share)
+    exchange.run(local, rows, share)
 
 
 def check_unlike_ranks(rank: int) -> None:
     model = BatchedMoe(torch.float32)
     said = refusal(model, kernels=("torch", "native")[rank])
     assert "option 'kernels' is 'torch' in rank 0 and 'native' in rank 1" in said
+    parallel.agree(Options(expert_parallel=2, progress=rank == 0))  # one of them tells
     said = refusal(BatchedMoe(torch.float32, experts=4 + 2 * rank))
     assert "BatchedMoe of 1,600 numbers in rank 0" in said
     assert "numbers in rank 1" in said
@@ -91,6 +99,19 @@ def test_unlike_ranks_are_refused_and_lost_ones_are_noticed() -> None:
     on_ranks(2, check_lost_ranks)
 
 
+def check_a_rank_that_cannot_compute(rank: int) -> None:
+    ranks, why = ranks_of(3), "the disk of rank 1 is gone"
+    error, said = (StoreError, why) if rank == 1 else (ParallelError, "rank 1 could not compute")
+    with pytest.raises(error, match=said):
+        call(ranks, 2, fault=why if rank == 1 else "")
+    call(ranks, 2)  # all are where they were
+    ranks = ranks_of(dist.new_group(timeout=timedelta(seconds=SLOW)))
+    with pytest.raises(StoreError if rank == 1 else ParallelError, match=why):
+        call(ranks, 2, fault=why if rank == 1 else "", own="split")
+    with pytest.raises(ParallelError, match=f"{why}.*cannot go on"):
+        call(ranks, 2)
+
+
 def check_a_rank_that_hangs_and_one_that_dies(rank: int) -> str:
     slow = dist.new_group(timeout=timedelta(seconds=SLOW))
     call(ranks_of(slow), 2)
@@ -103,6 +124,7 @@ def check_a_rank_that_hangs_and_one_that_dies(rank: int) -> str:
         assert time.monotonic() - start < SLOW + 4
         with pytest.raises(ParallelError, match="cannot go on"):
             call(ranks_of(slow), 2)
+    check_a_rank_that_cannot_compute(rank)
     whole = ranks_of(3)
     call(whole, 2)
     if rank == 2:
@@ -123,3 +145,13 @@ def test_an_option_without_other_ranks_says_what_to_start() -> None:
         Options.parse({"expert_parallel": "all"})
     with pytest.raises(OptionError, match="replicated"):
         Options.parse({"tokens": "shared"})
+
+
+def test_what_is_over_is_not_there_to_balance() -> None:
+    model = BatchedMoe(torch.float32)
+    weight = next(model.parameters())
+    bind_share(weight, Share(placement=contiguous(4, 2), rank=0, across="replicated"))
+    assert len([*parallel.shares_of(model)]) == 1
+    bind_share(weight, Share(placement=contiguous(4, 2), rank=0, across=""))
+    with pytest.raises(InputError, match="nothing to balance"):
+        moecc.balance(model)
