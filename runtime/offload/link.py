@@ -1,12 +1,12 @@
 """Move experts from disk into slots: the loads on their way, and the threads that read them."""
 
+import contextlib
 import mmap
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -163,7 +163,7 @@ class Link:
             read, seconds = self._readers.counts()
             return self._before[0] + read, self._before[1] + seconds
 
-    @contextmanager
+    @contextlib.contextmanager
     def watched(self) -> Generator[list[Span]]:
         """Collect the chunks that are read inside, for a timeline; known at its end."""
         spans: list[Span] = []
@@ -213,19 +213,21 @@ _paused: list[Link] = []
 
 def _pause_all() -> None:
     """Have no read under way in a fork: it could end up in either process's memory."""
-    _paused[:] = _links
-    for link in _paused:
+    for link in list(_links):
+        _paused.append(link)  # first: an interrupt must not leave it paused
         link.pause()
 
 
 def _resume_all() -> None:
     while _paused:
-        _paused.pop().resume()
+        with contextlib.suppress(RuntimeError):  # an interrupt kept it from its lock
+            _paused.pop().resume()
 
 
 def _resume_all_in_child() -> None:
-    while _paused:
-        _paused.pop().resume_in_child()
+    _paused.clear()
+    for link in list(_links):  # an interrupt may have left some that were not paused
+        link.resume_in_child()
 
 
 os.register_at_fork(
