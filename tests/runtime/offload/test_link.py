@@ -288,6 +288,17 @@ def test_bandwidth_counts_the_time_of_loads_on_their_way(
     assert link.bandwidth == after
 
 
+def test_bytes_count_on_after_closing_and_in_a_child(link: Link, tmp_path: Path) -> None:
+    store, _ = write_store(tmp_path)
+    fetch(link, store, 0)
+    link.close()
+    assert link.bytes == SIZE
+    fetch(link, store, 1)
+    assert link.bytes == 2 * SIZE
+    assert in_child(lambda: fetch(link, store, 2).any() and link.bytes == 3 * SIZE) == 0
+    assert link.bytes == 2 * SIZE
+
+
 def test_a_child_reads_for_itself_while_its_parent_does(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
