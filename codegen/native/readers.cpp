@@ -96,6 +96,19 @@ struct Load {
   std::vector<Chunk> left;  // taken from the end
   int64_t active = 0;       // chunks that somebody reads
   bool odd = false;         // Python has to check the record: it read a part, or the sum is wrong
+  bool wanted = true;       // or it failed, or was stopped
+
+  void cut(int64_t size) {
+    for (int64_t range = int64_t(ranges.size()); range-- > 0;)
+      for (int64_t length = ranges[range].length, start = (length - 1) / size * size; start >= 0;
+           start -= size)
+        left.push_back({range, start, std::min(size, length - start)});
+  }
+
+  void give_up() {
+    left.clear();
+    wanted = false;
+  }
 };
 
 // A chunk that was read: what, by which thread, and when, on a clock that Python has, too.
@@ -205,10 +218,7 @@ void moecc_readers_submit(Queue* queue, int64_t id, int64_t priority, uint8_t* r
                           int64_t expected, int64_t count, const Range* ranges, int64_t chunk) {
   auto load = std::make_shared<Load>(Load{id, priority, record, size, expected, {}, {}});
   load->ranges.assign(ranges, ranges + count);
-  for (int64_t range = count; range-- > 0;)
-    for (int64_t length = ranges[range].length, start = (length - 1) / chunk * chunk; start >= 0;
-         start -= chunk)
-      load->left.push_back({range, start, std::min(chunk, length - start)});
+  load->cut(chunk);
   Lock lock(queue->mutex);
   if (queue->closed) return;
   if (queue->loads.empty()) queue->since = now();
@@ -227,7 +237,7 @@ void moecc_readers_stop(Queue* queue, int64_t id) {
   Lock lock(queue->mutex);
   auto found = queue->loads.find(id);
   if (found == queue->loads.end()) return;
-  found->second->left.clear();
+  found->second->give_up();
   if (!found->second->active) queue->remove(id);
 }
 
@@ -245,9 +255,9 @@ int64_t moecc_readers_finish(Queue* queue, const Task* task, int64_t failed) {
   if (rest > 0) std::this_thread::sleep_for(std::chrono::duration<double>(rest));
   Lock lock(queue->mutex);
   std::shared_ptr<Load> load = queue->loads.at(task->id);
-  if (failed) load->left.clear();
+  if (failed) load->give_up();
   else queue->bytes += task->length;
-  if (load->expected >= 0 && load->active == 1 && load->left.empty()) {
+  if (load->wanted && load->expected >= 0 && load->active == 1 && load->left.empty()) {
     if (!load->odd) {
       lock.unlock();
       bool wrong = checksum(load->record, load->size) != load->expected;
@@ -268,15 +278,9 @@ void moecc_readers_checked(Queue* queue, const Task* task, int64_t again, int64_
   std::shared_ptr<Load> load = queue->loads.at(task->id);
   --load->active;
   load->odd = false;
-  if (again) {
-    lock.unlock();
-    moecc_readers_submit(queue, load->id, load->priority, load->record, load->size, load->expected,
-                         int64_t(load->ranges.size()), load->ranges.data(), chunk);
-    lock.lock();
-  } else if (!load->active) {
-    queue->remove(task->id);
-  }
-  if (queue->paused) queue->changed.notify_all();
+  if (again && load->wanted) load->cut(chunk);  // it may have been stopped, or the queue closed
+  else queue->remove(task->id);
+  queue->changed.notify_all();
 }
 
 // Serve the queue until it is closed, or there is something for Python, which `task` says then.
@@ -370,7 +374,7 @@ void moecc_readers_close(Queue* queue) {
   queue->closed = true;
   for (auto one = queue->loads.begin(); one != queue->loads.end();) {
     Load& load = *(one++)->second;
-    load.left.clear();
+    load.give_up();
     if (!load.active) queue->remove(load.id);
   }
   queue->changed.notify_all();

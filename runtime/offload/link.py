@@ -1,11 +1,12 @@
 """Move experts from disk into slots: the loads on their way, and the threads that read them."""
 
+import contextlib
 import mmap
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -40,6 +41,8 @@ class Link:
     ) -> None:
         self._count, self._new = readers, new
         self._readers = new(limit, Files())
+        self._lock = threading.RLock()
+        """Loads are put into readers that are not being closed, replaced or forked meanwhile."""
         self._before = self._paused_at = 0, 0.0
         """Bytes and seconds of readers that are closed, and of all when they paused."""
         self._busy, self._polled, self._busy_then = 0.0, time.perf_counter(), 0.0
@@ -61,11 +64,17 @@ class Link:
         """Do nothing: kernels that were called have read their slots."""
 
     def submit(self, load: Load) -> None:
-        """Start reading an expert."""
-        if self._readers.closed:
-            self._begin_anew([], self._counts())
-        self._start()
-        self._readers.submit(load)
+        """Start reading an expert; if this raises, nobody reads it."""
+        with self._lock:
+            if self._readers.closed:
+                self._begin_anew([], self._counts())
+            self._start()
+            try:
+                self._readers.submit(load)
+            except BaseException:  # an interrupt, perhaps when readers had it already
+                if load in self._readers.left():
+                    self.cancel([load])
+                raise
 
     def promote(self, load: Load) -> None:
         """Let a load overtake those that are only predicted."""
@@ -110,7 +119,8 @@ class Link:
 
         The next load starts new ones.
         """
-        self._readers.close()
+        with self._lock:
+            self._readers.close()
 
     @property
     def limit(self) -> float | None:
@@ -139,19 +149,21 @@ class Link:
 
     def busy(self) -> float:
         """Share of the latest time in which something was being read."""
-        now, total = time.perf_counter(), self._counts()[1]
-        elapsed = now - self._polled
-        if elapsed > _POLL:
-            share = min(1.0, (total - self._busy_then) / elapsed)
-            self._busy += 0.2 * (share - self._busy)
-            self._polled, self._busy_then = now, total
-        return self._busy
+        with self._lock:
+            now, total = time.perf_counter(), self._counts()[1]
+            elapsed = now - self._polled
+            if elapsed > _POLL:
+                share = min(1.0, (total - self._busy_then) / elapsed)
+                self._busy += 0.2 * (share - self._busy)
+                self._polled, self._busy_then = now, total
+            return self._busy
 
     def _counts(self) -> tuple[int, float]:
-        read, seconds = self._readers.counts()
-        return self._before[0] + read, self._before[1] + seconds
+        with self._lock:
+            read, seconds = self._readers.counts()
+            return self._before[0] + read, self._before[1] + seconds
 
-    @contextmanager
+    @contextlib.contextmanager
     def watched(self) -> Generator[list[Span]]:
         """Collect the chunks that are read inside, for a timeline; known at its end."""
         spans: list[Span] = []
@@ -163,15 +175,20 @@ class Link:
 
     def pause(self) -> None:
         """Let readers end their chunks, and keep them from the next: nobody writes to a record."""
+        self._lock.acquire()
         self._readers.pause()
         self._paused_at = self._counts()
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        self._readers.resume()
+        try:
+            self._readers.resume()
+        finally:
+            self._lock.release()
 
     def resume_in_child(self) -> None:
         """Go on after `pause` in a forked child, which has none of the threads."""
+        self._lock = threading.RLock()
         loads = self._readers.left()
         for load in loads:
             load.done = load.done or load.cancelled
@@ -181,8 +198,8 @@ class Link:
 
     def _begin_anew(self, loads: Sequence[Load], counts: tuple[int, float]) -> None:
         self._closing.detach()
-        old, self._before = self._readers, counts
-        self._readers = self._new(old.limit, Files(stamps=old.files.stamps))
+        new = self._new(self._readers.limit, Files(stamps=self._readers.files.stamps))
+        self._readers, self._before = new, counts
         self._closing = weakref.finalize(self, self._readers.close)
         for load in loads:
             self._readers.submit(load)
@@ -196,19 +213,21 @@ _paused: list[Link] = []
 
 def _pause_all() -> None:
     """Have no read under way in a fork: it could end up in either process's memory."""
-    _paused[:] = _links
-    for link in _paused:
+    for link in list(_links):
+        _paused.append(link)  # first: an interrupt must not leave it paused
         link.pause()
 
 
 def _resume_all() -> None:
     while _paused:
-        _paused.pop().resume()
+        with contextlib.suppress(RuntimeError):  # an interrupt kept it from its lock
+            _paused.pop().resume()
 
 
 def _resume_all_in_child() -> None:
-    while _paused:
-        _paused.pop().resume_in_child()
+    _paused.clear()
+    for link in list(_links):  # an interrupt may have left some that were not paused
+        link.resume_in_child()
 
 
 os.register_at_fork(

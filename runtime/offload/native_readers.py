@@ -136,7 +136,7 @@ class NativeReaders(Readers):
         """Close the queue, and begin no more of what it holds."""
         for load in self.left():
             self.look(load)
-            load.cancelled = not load.done
+            load.cancelled |= not load.done
         self._library.moecc_readers_close(self._queue)
 
     def set_limit(self, limit: float | None) -> None:

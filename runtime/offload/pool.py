@@ -168,18 +168,22 @@ class Pool:
 
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 _locked: list[Pool] = []
+_forking = threading.Lock()
+"""Several threads may fork: each locks and unlocks for itself, links too."""
 
 
 def _lock_all() -> None:
     """Let running calls end before a fork: a child has no thread that would end them."""
-    _locked[:] = _pools
-    for pool in _locked:
+    _forking.acquire()
+    for pool in list(_pools):
         pool.lock.acquire()
+        _locked.append(pool)
 
 
 def _unlock_all() -> None:
     while _locked:
         _locked.pop().lock.release()
+    _forking.release()
 
 
 os.register_at_fork(before=_lock_all, after_in_parent=_unlock_all, after_in_child=_unlock_all)

@@ -87,7 +87,7 @@ class Readers(ABC):
         Without a condition: an interrupt must not leave a lock taken.
         """
         if wait and load.arrival.acquire(timeout=wait):
-            load.arrival.release()
+            load.end()  # again, for the next one who waits
 
     def set_limit(self, limit: float | None) -> None:
         """Move so many bytes a second at most, with all threads together."""

@@ -119,10 +119,10 @@ class Files:
         with self._lock:
             if file not in self._open:
                 handle, direct = _open(file)
-                self.stamps.setdefault(file, _stamp(handle))
                 try:
+                    self.stamps.setdefault(file, _stamp(handle))
                     self._check(file, handle)
-                except StoreError:
+                except BaseException:  # not only `StoreError`: interrupts come here, too
                     os.close(handle)
                     raise
                 self._open[file] = handle, direct

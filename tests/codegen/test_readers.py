@@ -1,4 +1,4 @@
-"""The queue of reader threads under the thread sanitizer."""
+"""The queue of reader threads: under the thread sanitizer, and call by call."""
 
 import subprocess
 import sys
@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from moecc.codegen.native.build import find_compiler
-from moecc.codegen.native.readers import SOURCE
+from moecc.codegen.native.readers import SOURCE, load_readers
+from moecc.runtime.offload import native_readers
+from moecc.runtime.offload.load import CHUNK
+from moecc.runtime.offload.native_readers import NativeReaders
+from moecc.runtime.offload.store import Files
+from tests.runtime.offload.stores import new_load, write_store
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="native code is built on Linux"
@@ -39,3 +44,25 @@ def test_threads_do_not_race(tmp_path: Path, change: tuple[str, str] | None) -> 
     assert (done.returncode != 0, found) == (change is not None,) * 2, done.stderr[:2000]
     if change is None:
         assert done.stdout == "0 bytes are wrong\n"
+
+
+@pytest.mark.parametrize("end", ["stop", "close"])
+def test_a_wrong_record_that_nobody_wants_any_more_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(native_readers, "BY_HAND", True)
+    store, _ = write_store(tmp_path, checksums=True)
+    readers = NativeReaders(load_readers(), None, Files())
+    load, queue, task = new_load(store, 0), readers._queue, native_readers._Task()
+    readers.submit(load)
+    assert readers._library.moecc_readers_work(queue, task) == 1  # a chunk to read, which stays 0
+    assert readers._library.moecc_readers_finish(queue, task, False) == 2  # a record to check
+    if end == "stop":
+        readers.stop(load)
+    else:
+        readers.drop()
+    assert not load.done  # somebody is at it
+    readers._library.moecc_readers_checked(queue, task, True, CHUNK)
+    readers.look(load)
+    assert load.done
+    assert load.failed

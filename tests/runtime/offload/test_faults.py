@@ -160,6 +160,17 @@ def test_a_checksum_that_stays_wrong_names_file_expert_and_byte(
     assert torch.equal(fetch(link, store, 3), data[3])
 
 
+def test_a_damaged_file_is_read_twice_and_then_an_error(link: Link, tmp_path: Path) -> None:
+    store, data = write_store(tmp_path, checksums=True)
+    with store.reads[1][0].file.open("r+b") as opened:
+        opened.seek(store.reads[1][0].offset + SIZE - 1)
+        opened.write(bytes([int(data[1][-1]) ^ 1]))
+    with pytest.raises(StoreError, match=r"expert 1 of .* has checksum"):
+        fetch(link, store, 1)
+    assert link.bytes == 2 * SIZE
+    assert torch.equal(fetch(link, store, 2), data[2])
+
+
 def test_whatever_a_checksum_raises_reaches_the_one_who_waits(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

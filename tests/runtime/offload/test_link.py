@@ -1,5 +1,6 @@
 """Reader threads: the right bytes, in the right order, and nothing left behind."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -18,8 +19,9 @@ from moecc.runtime.errors import StoreError
 from moecc.runtime.offload import load as load_module
 from moecc.runtime.offload.link import Link, NewReaders
 from moecc.runtime.offload.load import Load
+from moecc.runtime.offload.readers import Readers
 from moecc.runtime.offload.record import PAGE, Layout, new_records
-from moecc.runtime.offload.store import Read, Store
+from moecc.runtime.offload.store import Files, Read, Store
 from tests.runtime.offload.stores import (
     KINDS,
     SIZE,
@@ -151,6 +153,86 @@ def test_closing_ends_loads_on_their_way_and_the_next_load_starts_anew(
     assert torch.equal(fetch(link, store, 0), data[0])
 
 
+def test_closing_while_a_load_is_submitted_is_an_error_and_never_garbage(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, data = write_store(tmp_path)
+    start, closing = Link._start, list[Any]()
+
+    def start_and_close(self: Link) -> None:
+        start(self)
+        if not closing:
+            closing.append(in_a_thread(self.close))
+            time.sleep(0.05)  # it must wait until readers know of the load
+
+    monkeypatch.setattr(Link, "_start", start_and_close)
+    load = new_load(store, 0)
+    link.submit(load)
+    with contextlib.suppress(StoreError):  # or it came first
+        in_a_thread(lambda: link.wait(load))()
+        assert torch.equal(load.record[:SIZE], data[0])
+    closing[0]()
+
+
+def test_a_load_that_was_stopped_is_not_there_after_closing(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = write_store(tmp_path)
+    gate = Gate(monkeypatch)
+    load = new_load(store, 0)
+    link.submit(load)
+    gate.arrived(1)
+    link.stop([load])
+    gate.open()
+    while not link.bytes:  # its chunk ends, and nobody looks
+        pass
+    link.close()
+    with pytest.raises(StoreError, match="meanwhile"):
+        link.wait(load)
+
+
+def test_an_interrupt_after_submitting_leaves_nobody_who_writes(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, data = write_store(tmp_path)
+    gate, load = Gate(monkeypatch), new_load(store, 0)
+    submit = link._readers.submit
+
+    def interrupted(load: Load) -> None:
+        submit(load)
+        gate.arrived(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(link._readers, "submit", interrupted)
+        submitting = in_a_thread(lambda: link.submit(load))
+        gate.let(1)
+        with pytest.raises(KeyboardInterrupt):
+            submitting()
+    load.record.fill_(9)
+    gate.open()
+    assert torch.equal(fetch(link, store, 1), data[1])
+    assert (load.record == 9).all()
+
+
+def test_two_threads_that_find_a_link_closed_begin_anew_together(
+    tmp_path: Path, kind: NewReaders
+) -> None:
+    def slow(limit: float | None, files: Files) -> Readers:
+        time.sleep(0.02)
+        return kind(limit, files)
+
+    store, data = write_store(tmp_path)
+    link = Link(1, new=slow)
+    link.close()
+    fetching = [in_a_thread(lambda one=one: fetch(link, store, one)) for one in range(2)]
+    for one, expected in zip(fetching, data, strict=False):
+        assert torch.equal(one(), expected)
+    assert len(readers()) == 1
+    link.close()
+    assert not readers()
+
+
 def test_a_slow_reader_closes_the_files_when_it_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: NewReaders
 ) -> None:
@@ -204,6 +286,17 @@ def test_bandwidth_counts_the_time_of_loads_on_their_way(
     after = link.bandwidth
     time.sleep(0.01)
     assert link.bandwidth == after
+
+
+def test_bytes_count_on_after_closing_and_in_a_child(link: Link, tmp_path: Path) -> None:
+    store, _ = write_store(tmp_path)
+    fetch(link, store, 0)
+    link.close()
+    assert link.bytes == SIZE
+    fetch(link, store, 1)
+    assert link.bytes == 2 * SIZE
+    assert in_child(lambda: fetch(link, store, 2).any() and link.bytes == 3 * SIZE) == 0
+    assert link.bytes == 2 * SIZE
 
 
 def test_a_child_reads_for_itself_while_its_parent_does(

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,14 @@ def test_no_threads_left_loses_nothing(watched: Watched, monkeypatch: pytest.Mon
         with pytest.raises(RuntimeError, match="can't start"):
             watched.use(0, 1)
     assert len(watched.pool.cache) == 0
+
+
+def test_two_threads_may_fork_at_once(watched: Watched) -> None:
+    with watched.pool.lock:
+        forking = [in_a_thread(lambda: in_child(lambda: True)) for _ in range(2)]
+        time.sleep(0.05)  # both wait for this call to end
+    assert [one() for one in forking] == [0, 0]
+    in_a_thread(lambda: watched.use(0, 1))()
 
 
 def test_closing_during_loads_is_an_error_and_never_garbage(
