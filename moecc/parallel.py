@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from moecc import __version__, transformers_experts
+from moecc import __version__
 from moecc.passes.options import Options
 from moecc.passes.shard_experts import exchange_of
 from moecc.runtime.errors import OptionError
@@ -15,6 +15,7 @@ from moecc.runtime.modules import named_modules, parameters_of
 from moecc.runtime.offload.stand_in import is_stand_in
 from moecc.runtime.parallel.ranks import ranks_of
 from moecc.runtime.parallel.share import Share, share_of
+from moecc.transformers_experts import adopted, is_experts
 
 _OWN = {"expert_parallel", "progress"}
 """Options that may differ: ranks name their group differently, and one alone may tell."""
@@ -55,7 +56,7 @@ def share_out(model: nn.Module, options: Options) -> None:
     agree(options, model)
     exchange = exchange_of(options)
     for module in model.modules():
-        if module not in transformers_experts.adopted:
+        if module not in adopted or not is_experts(module):
             continue
         first: Any = module.gate_up_proj if module.has_gate else module.up_proj
         if is_stand_in(first):

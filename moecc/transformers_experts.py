@@ -68,8 +68,13 @@ def adopt(model: nn.Module, options: Options) -> None:
         known = adopted.get(module)
         if known is not None and known.options == options:
             continue  # compiled again: keep counting
-        if all(hasattr(module, name) for name in _ATTRIBUTES):
+        if is_experts(module):
             adopted[module] = Road(options, options.schemes(path))
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Tell whether a module is a block's experts as transformers writes them."""
+    return all(hasattr(module, name) for name in _ATTRIBUTES)
 
 
 def release(model: nn.Module) -> None:

@@ -49,7 +49,7 @@ def test_passes_takes_a_factory_and_shows_a_diff(factory: str) -> None:
 def test_passes_dumps_graphs_and_kernels(factory: str, tmp_path: Path) -> None:
     assert run("passes", f"{factory}:moe", "--dump", str(tmp_path / "out"))[0] == 0
     names = {file.name for file in (tmp_path / "out" / "graph0").iterdir()}
-    assert {"01_detect_moe.before.txt", "06_lower.after.txt", "kernel0.txt"} <= names
+    assert {"01_detect_moe.before.txt", "07_lower.after.txt", "kernel0.txt"} <= names
 
 
 def test_a_model_without_blocks_is_a_problem(factory: str) -> None:

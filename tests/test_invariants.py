@@ -62,6 +62,7 @@ import torch
 
 import moecc
 from moecc.lenders import banks_of
+from moecc.runtime.offload import native_readers
 from moecc.runtime.offload.store import Files
 from moecc.runtime.watch import watching
 from moecc.tiny import tiny_model
@@ -143,6 +144,7 @@ def slow_reads(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[], float]) ->
         original(files, *args)
 
     monkeypatch.setattr(Files, "read", read)
+    monkeypatch.setattr(native_readers, "BY_HAND", True)
 
 
 def test_reads_of_seconds_are_waited_for_and_counted(
