@@ -152,7 +152,7 @@ def report_experts(model: nn.Module) -> ExpertsReport | None:
         total_bytes=sum(block["experts"] * block["slot_bytes"] for block in blocks),
         read_bytes=sum(link.bytes for link in links.values()),
         read_bandwidth=max(seconds, default=None),
-        readers=min(
+        readers=max(
             (link.readers for link in links.values() if isinstance(link, Link)), default=None
         ),
         guesses=_trial(banks_of(model)),
