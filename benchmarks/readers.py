@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import machine, table
+from benchmarks.timing import machine, stamp, table
 from moecc.links import new_link
 from moecc.runtime.offload.link import Link
 from moecc.runtime.offload.load import Load
@@ -49,7 +49,7 @@ def main() -> None:
     rows = [(name, f"{statistics.median(each) / 1e6:.0f}") for name, each in rates.items()]
     print(machine(), table([("readers, main thread", "MB/s"), *rows]), sep="\n")
     if arguments.json:
-        record = {"machine": machine(), "size": arguments.size, "bytes_per_second": rates}
+        record = {**stamp(), "size": arguments.size, "bytes_per_second": rates}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
